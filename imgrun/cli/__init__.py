@@ -1,0 +1,122 @@
+"""The command line: parsing and printing, nothing else. Each group of verbs is a module, imported when it is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any, NoReturn
+
+import click
+
+from imgrun.errors import ImgrunError
+
+COMMANDS = {
+    "start": ("start", "Run a command inside an image."),
+    "ps": ("jobs", "List jobs."),
+    "inspect": ("jobs", "Show everything that is recorded of a job."),
+    "logs": ("jobs", "Print the output of a background job."),
+    "wait": ("jobs", "Wait for jobs to end; print and return their exit status."),
+    "rm": ("jobs", "Remove the records of finished jobs."),
+    "gc": ("jobs", "Remove what killed supervisors left behind."),
+    "exec": ("control", "Run another command in a running job."),
+    "signal": ("control", "Send a signal to a job."),
+    "stop": ("control", "Ask jobs to end, then kill them."),
+    "image": ("image", "Look at images, and build them."),
+    "doctor": ("doctor", "Say what imgrun needs of this host, and what is missing."),
+}
+
+
+class LazyGroup(click.Group):
+    """Finds commands by the table above and imports only the one that is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"imgrun.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in COMMANDS.items()])
+
+
+def show_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from imgrun import __version__
+
+        click.echo(f"imgrun {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Say more when something fails (also: IMGRUN_DEBUG=1).")
+@click.option("--version", is_flag=True, callback=show_version, is_eager=True, expose_value=False, help="Print the version.")
+def cli(debug: bool) -> None:
+    """Run a batch job inside a disk image as if it were a virtual machine, without the virtual machine."""
+    if debug:
+        os.environ["IMGRUN_DEBUG"] = "1"
+
+
+def report(error: ImgrunError) -> None:
+    """The one way errors reach people: a line that says what is wrong, and one that says what to do."""
+    print(f"imgrun: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its status."""
+    _open_missing_stdio()
+    status: Any = 0
+    try:
+        status = cli.main(argv, prog_name="imgrun", standalone_mode=False)
+    except click.ClickException as e:
+        # imgrun's own failures are 125, so that they are told from the command's exit codes.
+        hint = f"imgrun {e.ctx.info_name} --help" if isinstance(e, click.UsageError) and e.ctx and e.ctx.parent else None
+        report(ImgrunError(e.format_message(), f"see '{hint}'" if hint else "see 'imgrun --help'"))
+        status = 125
+    except click.exceptions.Exit as e:
+        status = e.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        status = 130
+    except ImgrunError as e:
+        if os.environ.get("IMGRUN_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        report(e)
+        status = e.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+        status = 141
+    except OSError as e:
+        if os.environ.get("IMGRUN_DEBUG"):
+            raise
+        report(ImgrunError(f"unexpected failure: {e}", "run again with --debug for the details"))
+        status = 125
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit without the interpreter's own clean-up, which would cost milliseconds and has nothing left to do."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
+    os._exit(status)
+
+
+def _open_missing_stdio() -> None:
+    """See that descriptors 0 to 2 are open, so that nothing else of ours takes their place."""
+    while True:
+        fd = os.open("/dev/null", os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+        os.set_inheritable(fd, True)

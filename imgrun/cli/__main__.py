@@ -1,0 +1,3 @@
+from imgrun.cli import main
+
+main()

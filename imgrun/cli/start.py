@@ -1,0 +1,276 @@
+"""``imgrun start``: from flags and files to a spec, then a job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from imgrun.errors import ImgrunError, SpecError
+from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
+
+
+def group(title: str, *options: Any) -> Any:
+    """Add several options to a command; ``title`` is for the reader of this file."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+option = click.option
+choice = click.Choice
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    short_help="Run a command inside an image.",
+)
+@group(
+    "identity",
+    option("--name", help="A name for the job; also its hostname unless that is given."),
+    option("--hostname", help="The job's hostname."),
+    option("-u", "--user", metavar="USER[:GROUP]", help="Who the command runs as, in the image (default: root)."),
+    option("-w", "--workdir", metavar="DIR", help="Where it runs, in the image (default: /)."),
+    option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Set a variable; without a value, pass yours on."),
+    option("--env-file", multiple=True, metavar="FILE", help="Read NAME=VALUE lines from a file."),
+)
+@group(
+    "root",
+    option("--writable", is_flag=True, help="Write into the image itself; no other job may use it meanwhile."),
+    option("--read-only", is_flag=True, help="Refuse all writes to the root."),
+    option("--partition", metavar="N|LABEL|UUID", help="The partition that holds the root."),
+    option("--scratch-size", metavar="SIZE", help="Bound what the job writes; it gets ENOSPC beyond."),
+)
+@group(
+    "storage",
+    option("-v", "--bind", multiple=True, metavar="SRC:DST[:ro]", help="Show a host file or directory in the job."),
+    option("--tmpfs", multiple=True, metavar="DST[:SIZE]", help="An empty memory file system."),
+    option("--mount", multiple=True, metavar="type=...", help="The long form: type=bind|tmpfs|image,src=..,dst=..,ro,idmap."),
+)
+@group(
+    "limits",
+    option("-m", "--memory", metavar="SIZE", help="Memory, page cache included."),
+    option("--swap", metavar="SIZE", help="Swap beyond the memory; 0 for none."),
+    option("--cpus", type=float, metavar="N", help="Processor time per time: 1.5 is one and a half processors."),
+    option("--cpu-weight", type=int, metavar="N", help="Share when others compete: 1 to 10000, 100 is usual."),
+    option("--cpuset", metavar="LIST", help="The processors to run on: 0-3,8."),
+    option("--pids", type=int, metavar="N", help="Processes and threads."),
+    option("--io-weight", type=int, metavar="N", help="Share of the disk: 1 to 10000."),
+    option("--io-max", multiple=True, metavar="DEV:KEY=N", help="Disk bound: /dev/sda:rbps=10M,wiops=100."),
+    option("--time-limit", metavar="DURATION", help="Wall time, then the job is stopped; exit status 124."),
+    option("--rlimit", multiple=True, metavar="NAME=SOFT[:HARD]", help="A resource limit of each process, as nofile=1024."),
+)
+@group(
+    "isolation",
+    option("--userns", type=choice(CHOICES["userns"]), help="A user namespace of its own (auto), or the host's ids."),
+    option("--init", type=choice(CHOICES["init"]), help="Who is PID 1: our shim, the command, or the image's init."),
+    option("--network", type=choice(CHOICES["network"]), help="The host's network, or loopback only."),
+    option("--seccomp", type=choice(CHOICES["seccomp"]), help="A filter of system calls; such a job cannot be frozen."),
+)
+@group(
+    "lifecycle",
+    option("-d", "--detach", is_flag=True, help="Run in the background and print the job's id."),
+    option("-i", "--interactive", is_flag=True, help="Pass standard input on (the default in the foreground)."),
+    option("-t", "--tty", is_flag=True, help="Give the job a terminal."),
+    option("--rm/--no-rm", "remove", default=None, help="Forget the job at its end (default in the foreground)."),
+    option("--stop-signal", metavar="SIGNAL", help="What stop and the time limit send first (default: TERM)."),
+    option("--stop-timeout", metavar="DURATION", help="How long after that they kill (default: 10s)."),
+)
+@group(
+    "records",
+    option("--result", metavar="FILE", help="Write the result there, as JSON."),
+    option("--timings", is_flag=True, help="Print what the start spent its time on."),
+)
+@group(
+    "other",
+    option("--spec", "spec_file", metavar="FILE", help="Read the spec from a TOML file; flags override it."),
+    option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
+    option("--json", "as_json", is_flag=True, help="Print the result (or the plan) as JSON."),
+)
+@click.argument("image", required=False)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def start(**flags: Any) -> NoReturn:
+    """Run COMMAND inside IMAGE: a raw disk image, a file system image, or a directory.
+
+    The exit status is the command's own; 128+N when signal N killed it; 124 when the time limit ended it; 137 when
+    memory did; 125, 126 and 127 for imgrun's own failures, a command that cannot be executed, and one that is not there.
+    """
+    if flags["command"][:1] == ("--",):
+        flags["command"] = flags["command"][1:]
+    spec = spec_from_flags(flags)
+    if flags["dry_run"]:
+        from imgrun.dry_run import describe
+
+        lines = describe(spec)
+        if flags["as_json"]:
+            import json
+
+            print(json.dumps({"spec": spec.to_dict(), "plan": lines}, indent=1))
+        else:
+            print("\n".join(lines))
+        raise click.exceptions.Exit(0)
+    keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
+    result_file = _check_result_file(flags["result"])
+    if flags["detach"]:
+        if result_file or flags["timings"] or flags["interactive"]:
+            raise SpecError(
+                "--result, --timings and --interactive need the foreground, and --detach leaves it",
+                "drop one; 'imgrun inspect' shows the result of a background job",
+            )
+        from imgrun.launcher import start_detached
+
+        print(start_detached(spec, keep=keep).id)
+        raise click.exceptions.Exit(0)
+    raise click.exceptions.Exit(run_foreground(spec, keep, result_file, flags))
+
+
+def run_foreground(spec: JobSpec, keep: bool, result_file: str | None, flags: dict[str, Any]) -> int:
+    """Be the job's supervisor, and print what is to be said at its end."""
+    from imgrun.job import collect, finish
+    from imgrun.relay import own_description
+    from imgrun.state import StateRoot
+    from imgrun.supervisor import Stdio, Supervisor
+
+    terminal = 0 if spec.tty and os.isatty(0) else -1
+    root = StateRoot()
+    collect(root)
+    job = root.create(spec.to_dict(), keep=keep)
+    stdio = Stdio(
+        own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
+    )
+    supervisor = Supervisor(job, spec, stdio)
+    result = supervisor.run()
+    finish(job, keep=keep)
+    for warning in result.warnings:
+        print(f"imgrun: warning: {warning}", file=sys.stderr)
+    if result.message:
+        print(f"imgrun: {result.message}", file=sys.stderr)
+        if result.hint:
+            print(f"  {result.hint}", file=sys.stderr)
+    if result_file or flags["as_json"]:
+        import json
+
+        text = json.dumps(result.to_dict(), indent=1) + "\n"
+        if result_file:
+            write_whole(result_file, text)
+        if flags["as_json"]:
+            print(text, end="")
+    if flags["timings"]:
+        for step, milliseconds in result.timings.items():
+            print(f"{milliseconds:10.3f} ms  {step}", file=sys.stderr)
+    return result.exit_status
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file that is complete or absent; a device or a pipe is written to as it is."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(text)
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.rename(temporary, path)
+    except OSError as e:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+        raise ImgrunError(f"cannot write the result to {path}: {e.strerror}", "the job itself has ended") from e
+
+
+def _check_result_file(path: str | None) -> str | None:
+    if path is None:
+        return None
+    directory = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(directory) or os.path.isdir(path):
+        raise SpecError(f"cannot write the result to {path}", "give a file in a directory that exists")
+    if not os.access(directory, os.W_OK):
+        raise SpecError(f"cannot write the result to {path}: no permission", "give a file in a directory of yours")
+    return os.path.abspath(path)
+
+
+SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
+        "cpuset", "pids", "io_weight", "time_limit", "userns", "init", "network", "seccomp", "stop_timeout")  # fmt: skip
+
+
+def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
+    """The spec that the flags, over the spec file if there is one, ask for."""
+    given: dict[str, Any] = {}
+    if flags["spec_file"] is not None:
+        from imgrun.specfile import load
+
+        given = load(flags["spec_file"])
+        # With a file that names the image, all words are the command.
+        if flags["image"] is not None and "image" in given:
+            flags["command"] = (flags["image"], *flags["command"])
+            flags["image"] = None
+    if flags["image"] is not None:
+        given["image"] = flags["image"]
+    if flags["command"]:
+        given["command"] = tuple(flags["command"])
+    given.update({key: flags[key] for key in SAME if flags[key] is not None})
+    if flags["writable"] and flags["read_only"]:
+        raise SpecError("--writable and --read-only contradict each other", "choose one")
+    if flags["writable"] or flags["read_only"]:
+        given["root"] = "writable" if flags["writable"] else "read-only"
+    env = parse_environment(flags["env"], flags["env_file"])
+    if env:
+        given["env"] = {**given.get("env", {}), **env}
+    mounts = _mounts(flags)
+    if mounts:
+        kept = [m for m in given.get("mounts", ()) if all(m.dst != other.dst for other in mounts)]
+        given["mounts"] = (*kept, *mounts)
+    if flags["io_max"]:
+        given["io_max"] = tuple(parse_io_max(text) for text in flags["io_max"])
+    if flags["rlimit"]:
+        given["rlimits"] = (*given.get("rlimits", ()), *flags["rlimit"])
+    if flags["tty"]:
+        given["tty"] = True
+    if flags["stop_signal"] is not None:
+        from imgrun.signals import parse_signal
+
+        given["stop_signal"] = parse_signal(flags["stop_signal"])
+    if "image" not in given:
+        raise SpecError("no image given", "imgrun start IMAGE [--] COMMAND...")
+    return JobSpec(**given)
+
+
+def _mounts(flags: dict[str, Any]) -> list[Mount]:
+    return [
+        *(parse_bind(text) for text in flags["bind"]),
+        *(parse_tmpfs(text) for text in flags["tmpfs"]),
+        *(parse_mount(text) for text in flags["mount"]),
+    ]
+
+
+def parse_environment(words: tuple[str, ...], files: tuple[str, ...]) -> dict[str, str]:
+    """The variables of ``--env-file`` and ``--env``, the latter last. A name alone takes the caller's value."""
+    env: dict[str, str] = {}
+    for path in files:
+        try:
+            with open(path, encoding="utf-8") as f:
+                lines = f.read().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise SpecError(f"cannot read the environment file {path}: {e}", "give a text file of NAME=VALUE lines") from e
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            name, equals, value = line.partition("=")
+            if not equals or not name.strip():
+                raise SpecError(f"{path}, line {number}: {line!r} is not NAME=VALUE", "mend or remove it")
+            env[name.strip()] = value
+    for text in words:
+        name, equals, value = text.partition("=")
+        if equals:
+            env[name] = value
+        elif name in os.environ:
+            env[name] = os.environ[name]
+    return env

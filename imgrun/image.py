@@ -1,0 +1,384 @@
+"""Images: a file or directory that holds a root file system, probed, locked and mounted for one job.
+
+``probe`` tells what a file holds and needs no privilege. ``open_image`` takes the lock and the loop device; the
+Image it returns makes detached mounts of the root until it is closed. What cannot be used is refused before anything
+is changed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Any, Literal, NamedTuple
+
+from imgrun import syscalls as sc
+from imgrun.errors import (
+    ImageDamaged,
+    ImageError,
+    ImageFormatError,
+    ImageMissing,
+    PartitionError,
+    PrivilegeError,
+)
+from imgrun.storage import disk, lock, loop, mount, superblock
+from imgrun.storage.blkid import Partition, signature
+from imgrun.storage.guest import OsInfo, check_architecture, has_os_release, identify
+
+__all__ = [
+    "Access",
+    "Image",
+    "ImageInfo",
+    "OsInfo",
+    "Partition",
+    "check_architecture",
+    "identify",
+    "inspect",
+    "open_image",
+    "probe",
+]
+
+Access = Literal["overlay", "read-only", "writable"]
+Kind = Literal["directory", "filesystem", "disk"]
+
+WAIT_SECONDS = 2.0
+UNMOUNT_SECONDS = 10.0
+SUBVOLUMES = ("root", "@")
+"""Where the usual installers put the root in a btrfs file system whose top level is not it."""
+
+
+class ImageInfo(NamedTuple):
+    """What an image holds. Sizes and offsets are in bytes.
+
+    ``offset`` and ``size`` bound the root file system in the file (all of it, or a partition). ``sector_size`` is the
+    logical block size for its loop device. ``needs_mount_probe`` tells that only a look into the candidate partitions
+    can decide which is the root; ``partition`` and ``fstype`` are then still unknown.
+    """
+
+    path: str
+    kind: Kind
+    file_size: int = 0
+    allocated: int = 0
+    fstype: str | None = None
+    offset: int = 0
+    size: int = 0
+    block_size: int = 0
+    sector_size: int = 512
+    uuid: str = ""
+    label: str = ""
+    table: str | None = None
+    """``gpt`` or ``dos`` for a disk."""
+    partition: int | None = None
+    partitions: tuple[Partition, ...] = ()
+    unclean: str = ""
+    """What was left undone when it was last written to; empty also where only a mount can tell (xfs)."""
+    replayable: bool = False
+    """Whether a writable mount would put ``unclean`` right."""
+    needs_mount_probe: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.path if self.partition is None else f"partition {self.partition} of {self.path}"
+
+
+class Image:
+    """An image held for one job: locked, and attached to a loop device. A context manager.
+
+    ``warnings`` are lines for the user about what using it this way means.
+    """
+
+    def __init__(self, info: ImageInfo, access: Access, lock_fd: int, device: loop.Device | None) -> None:
+        self.info = info
+        self.access = access
+        self.lock_fd = lock_fd
+        self.device = device
+        self.warnings: list[str] = []
+        if info.unclean:
+            self.warnings.append(f"{info.name}: {info.unclean}; mounting it for writing puts that right")
+
+    def mount(self) -> int:
+        """A new detached mount of the root file system, as a descriptor: read-only unless access is ``writable``.
+
+        It was never attached, so it may be id-mapped. Its device nodes do not work. Raises an ImageError, HostError or
+        PrivilegeError.
+        """
+        read_only = self.access != "writable"
+        if self.device is None:
+            return mount.directory(self.lock_fd, read_only=read_only)
+        return _mount_root(self.device, self.info, read_only=read_only)
+
+    def close(self) -> None:
+        """Let the image go. After writing, waits until the kernel has written all of it out: close its mounts first."""
+        if self.device is not None:
+            if self.access == "writable":
+                loop.wait_until_unused(self.device, UNMOUNT_SECONDS)
+            self.device.close()
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def probe(path: str, partition: str | None = None) -> ImageInfo:
+    """What the image holds, and which part of it is the root. Needs to read the file and no more.
+
+    ``partition`` names one by number, label or UUID. Raises an ImageError that says why it cannot be used.
+    """
+    fd = _open(path, writable=False)
+    try:
+        return _examine(fd, path, partition)
+    finally:
+        os.close(fd)
+
+
+def open_image(
+    path: str,
+    access: Access,
+    partition: str | None = None,
+    *,
+    wait: float = WAIT_SECONDS,
+    direct_io: bool = True,
+) -> Image:
+    """Lock the image, for as long as this process holds it, and attach its loop device. Nothing is mounted yet.
+
+    Waits up to ``wait`` seconds for a user that excludes this one. Raises what ``probe`` raises, ImageBusy, and
+    HostError or PrivilegeError when there is no loop device to be had.
+    """
+    writable = access == "writable"
+    fd = _open(path, writable=writable)
+    try:
+        lock.hold(fd, path, exclusive=writable, wait=wait)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            return Image(_examine(fd, path, partition), access, fd, None)
+        lock.refuse_attached(fd, path, exclusive=writable, wait=wait)
+        info = _examine(fd, path, partition)
+        if info.needs_mount_probe:
+            info = _decide_by_content(fd, info, direct_io)
+        _refuse_unfit(info, writable)
+        return Image(info, access, fd, _attach(fd, info, not writable, direct_io))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def inspect(path: str, partition: str | None = None) -> dict[str, Any]:
+    """A record of all that can be told about an image, and whether it can run here. Unknown is None.
+
+    Looks inside by mounting it read-only where the caller may. Raises ImageMissing; ``reason`` tells what else is wrong.
+    """
+    from imgrun.storage.report import report
+
+    return report(path, partition)
+
+
+def _open(path: str, *, writable: bool) -> int:
+    """Open an image without side effects on what may turn out to be a device or a pipe."""
+    try:
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except (OSError, ValueError) as e:
+        raise _missing(path, e) from e
+    try:
+        mode = os.fstat(found).st_mode
+        if stat.S_ISBLK(mode):
+            raise ImageMissing(
+                f"{path} is a block device; an image is a file or a directory", "mount it and give the directory"
+            )
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise ImageMissing(f"{path} is {_file_kind(mode)}; an image is a file or a directory")
+        flags = os.O_RDWR if writable and stat.S_ISREG(mode) else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
+    except OSError as e:
+        if writable and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY):
+            raise PrivilegeError(f"{path} cannot be written to: {e.strerror}", "run without --writable") from e
+        raise _missing(path, e) from e
+    finally:
+        os.close(found)
+
+
+def _missing(path: str, e: OSError | ValueError) -> ImageMissing:
+    if isinstance(e, FileNotFoundError | NotADirectoryError):
+        return ImageMissing(f"{path}: there is no such image", "check the path")
+    if isinstance(e, PermissionError):
+        return ImageMissing(f"{path} may not be read by this user", "ask its owner for read permission")
+    return ImageMissing(f"{path} cannot be opened: {e.strerror if isinstance(e, OSError) else e}")
+
+
+def _file_kind(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a character device"}
+    return kinds.get(stat.S_IFMT(mode), "not a regular file")
+
+
+def _examine(fd: int, path: str, partition: str | None) -> ImageInfo:
+    status = os.fstat(fd)
+    if stat.S_ISDIR(status.st_mode):
+        if partition is not None:
+            raise PartitionError(f"{path} is a directory: it has no partition {partition!r}")
+        return ImageInfo(path, "directory")
+    size = status.st_size
+    if size == 0:
+        raise ImageFormatError(f"{path} is empty", "was it ever filled, or its download finished?")
+    info = ImageInfo(path, "disk", size, status.st_blocks * 512)
+    try:
+        found = None if partition is not None else signature(fd, 0, size, path)
+        if found is not None and found.type in superblock.DRIVERS:
+            info = info._replace(kind="filesystem", size=size, fstype=found.type, uuid=found.uuid, label=found.label)
+            return _with_superblock(fd, info)
+        choice = disk.choose(fd, size, path, partition, found.type if found else "")
+        info = info._replace(table=choice.table.kind, partitions=choice.table.partitions)
+        if choice.root is None:
+            return info._replace(needs_mount_probe=True)
+        return _with_partition(fd, info, choice.root)
+    except OSError as e:
+        raise ImageDamaged(f"{path} cannot be read: {e.strerror}", "check the disk it is on") from e
+
+
+def _with_partition(fd: int, info: ImageInfo, root: Partition) -> ImageInfo:
+    info = info._replace(partition=root.number, offset=root.offset, size=root.size)
+    found = signature(fd, root.offset, root.size, info.name)
+    if found is None or found.type not in superblock.DRIVERS:
+        raise disk.unusable(fd, root.offset, root.size, info.path, info.name, found.type if found else "")
+    return _with_superblock(fd, info._replace(fstype=found.type, uuid=found.uuid, label=found.label))
+
+
+def _with_superblock(fd: int, info: ImageInfo) -> ImageInfo:
+    fstype = info.fstype or ""
+    sb = superblock.read(fd, info.offset, fstype)
+    if sb is None or sb.size > info.size:
+        needs = f"its {fstype} file system has {sb.size} bytes" if sb else f"its {fstype} superblock is cut off"
+        where = "the file" if info.partition is None else "the partition"
+        raise ImageDamaged(
+            f"{info.name} is truncated: {needs}, {where} only {info.size}", "was its copy or download cut short?"
+        )
+    if sb.size > info.size // 512 * 512:
+        from shlex import quote
+
+        raise ImageDamaged(
+            f"{info.name} has {info.size} bytes, which is not a multiple of 512: its end cannot be read",
+            f"pad it: truncate -s %4096 {quote(info.path)}",
+        )
+    if sb.incomplete:
+        raise ImageFormatError(f"{info.name} cannot be used on its own: {sb.incomplete}")
+    aligned = sb.sector_size >= 4096 and info.offset % 4096 == 0 and info.size % 4096 == 0
+    return info._replace(
+        block_size=sb.block_size, sector_size=4096 if aligned else 512, unclean=sb.unclean, replayable=sb.replayable
+    )
+
+
+def _refuse_unfit(info: ImageInfo, writable: bool) -> None:
+    if writable and info.fstype in superblock.READ_ONLY_KINDS:
+        raise ImageFormatError(
+            f"{info.name} is {info.fstype}, which cannot be written to",
+            "run without --writable: an overlay takes writes",
+        )
+    if info.unclean and not (writable and info.replayable):
+        raise ImageDamaged(f"{info.name} is not clean: {info.unclean}", _repair(info))
+
+
+def _repair(info: ImageInfo) -> str:
+    """How to make an unclean file system clean."""
+    from shlex import quote
+
+    if superblock.DRIVERS[info.fstype or ""] == "ext4":
+        where = info.path + (f"?offset={info.offset}" if info.offset else "")
+        return f"repair it with: e2fsck {'-p' if info.replayable else '-f'} {quote(where)}"
+    options = "loop" + (f",offset={info.offset},sizelimit={info.size}" if info.offset else "")
+    once = f"finish it by mounting it once: mount -o {options} {quote(info.path)} /mnt && umount /mnt"
+    return once + ("; if that fails, xfs_repair" if info.fstype == "xfs" else "; if that fails, btrfs rescue zero-log")
+
+
+def _attach(fd: int, info: ImageInfo, read_only: bool, direct_io: bool) -> loop.Device:
+    # The size limit of a bare file system is left at "all", which is also what other tools use: the device is shared.
+    size = 0 if info.partition is None else info.size
+    return loop.attach(
+        fd,
+        info.path,
+        offset=info.offset,
+        size=size,
+        block_size=info.sector_size,
+        read_only=read_only,
+        direct_io=direct_io,
+    )
+
+
+def _mount_root(device: loop.Device, info: ImageInfo, *, read_only: bool, peek: bool = False) -> int:
+    """Mount the root file system. An unfinished journal is an error on a read-only mount, but ``peek`` looks past it.
+
+    The read-only loop device guarantees that nothing is written, whatever a file system may want to.
+    """
+    fstype = superblock.DRIVERS[info.fstype or ""]
+    options: dict[str, str | None] = {}
+    if fstype == "ext4" and read_only:
+        options["noload"] = None
+    elif fstype == "xfs":
+        # Copies of an image have the same UUID, and may be in use at the same time.
+        options["nouuid"] = None
+        if peek:
+            options["norecovery"] = None
+    elif fstype == "btrfs" and peek:
+        options["rescue"] = "nologreplay"
+
+    def make() -> int:
+        return mount.file_system(
+            fstype, device.source, options, read_only=read_only, name=info.name, hint=lambda: _repair(info)
+        )
+
+    root = make()
+    if fstype == "btrfs":
+        subvolume = _root_subvolume(root)
+        if subvolume:
+            os.close(root)
+            options["subvol"] = subvolume
+            root = make()
+    return root
+
+
+def _root_subvolume(top: int) -> str | None:
+    if has_os_release(top):
+        return None
+    for name in SUBVOLUMES:
+        try:
+            fd = sc.openat2(name, os.O_PATH | os.O_DIRECTORY, top, resolve=sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS)
+        except OSError:
+            continue
+        try:
+            if has_os_release(fd):
+                return name
+        finally:
+            os.close(fd)
+    return None
+
+
+def _decide_by_content(fd: int, info: ImageInfo, direct_io: bool) -> ImageInfo:
+    """Look into each candidate partition, read-only, for an os-release file."""
+    roots = []
+    for candidate in info.partitions:
+        if candidate.fstype not in superblock.DRIVERS:
+            continue
+        try:
+            one = _with_partition(fd, info._replace(needs_mount_probe=False), candidate)
+            device = _attach(fd, one, True, direct_io)
+            try:
+                root = _mount_root(device, one, read_only=True, peek=True)
+                try:
+                    if has_os_release(root):
+                        roots.append(one)
+                finally:
+                    os.close(root)
+            finally:
+                device.close()
+        except ImageError:
+            # A partition that cannot be looked into is not the root, unless it is named.
+            continue
+    if len(roots) == 1:
+        return roots[0]
+    table = disk.Table(info.table or "", 0, info.partitions)
+    if roots:
+        found = [p for p in info.partitions if p.number in {one.partition for one in roots}]
+        raise disk.several(table, info.path, found, "partitions that hold an operating system")
+    raise disk.none_found(table, info.path)

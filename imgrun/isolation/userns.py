@@ -1,0 +1,158 @@
+"""User namespaces: which host ids a job's ids stand for, and how the map is written.
+
+Sources: user_namespaces(7), subuid(5), newuidmap(1).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from typing import Literal, NamedTuple
+
+from imgrun.errors import HostError, ImgrunError
+
+RANGE = 65536
+"""Ids in one job's range: what an image can hold without surprises (0 to nobody)."""
+
+FIRST_SLOT = 0x24000000 // RANGE
+LAST_SLOT = 0x6FFF0000 // RANGE
+"""Where root's jobs get their ranges when /etc/subuid has none for ``imgrun``: above all that useradd hands out
+(SUB_UID_MAX, 600100000) and inside what systemd reserves for containers (0x80000 to 0x6fffffff)."""
+
+SUBID_USER = "imgrun"
+
+
+class IdRange(NamedTuple):
+    """``count`` ids from ``inside`` on in the job are those from ``outside`` on in the parent namespace."""
+
+    inside: int
+    outside: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.inside} {self.outside} {self.count}"
+
+
+class IdMap(NamedTuple):
+    """The ids of one job. ``identity`` says that they are the host's own ids (see :func:`identity`)."""
+
+    uids: tuple[IdRange, ...]
+    gids: tuple[IdRange, ...]
+    identity: bool = False
+
+    def describe(self) -> str:
+        first = self.uids[0]
+        last = first.inside + first.count - 1
+        return f"ids {first.inside}-{last} are the host's {first.outside}-{first.outside + first.count - 1}"
+
+    def outside_uid(self, inside: int) -> int | None:
+        """The host's uid for a uid of the job; None when it is not mapped."""
+        return _outside(self.uids, inside)
+
+    def outside_gid(self, inside: int) -> int | None:
+        return _outside(self.gids, inside)
+
+
+def _outside(ranges: tuple[IdRange, ...], inside: int) -> int | None:
+    for r in ranges:
+        if r.inside <= inside < r.inside + r.count:
+            return r.outside + inside - r.inside
+    return None
+
+
+def identity() -> IdMap:
+    """The fallback where the kernel cannot id-map the image's mounts (overlay before 5.19, some file systems).
+
+    Ids are the host's own: the job's root still has no capability outside its namespaces, but files it could reach
+    would be the host root's.
+    """
+    whole = (IdRange(0, 0, RANGE),)
+    return IdMap(whole, whole, identity=True)
+
+
+def subordinate_ranges(path: str, user: str) -> list[tuple[int, int]]:
+    """The (first, count) ranges that ``path``, in subuid(5)'s form, gives to ``user``."""
+    ranges = []
+    try:
+        with open(path, encoding="utf-8", errors="replace") as table:
+            for line in table:
+                fields = line.strip().split(":")
+                if len(fields) == 3 and fields[0] == user and fields[1].isdigit() and fields[2].isdigit():
+                    ranges.append((int(fields[1]), int(fields[2])))
+    except FileNotFoundError:
+        pass
+    return ranges
+
+
+def _slots() -> tuple[list[int], Literal["subuid", "default"]]:
+    """The first ids of all ranges that root's jobs may use."""
+    uids = subordinate_ranges("/etc/subuid", SUBID_USER)
+    if not uids:
+        return [slot * RANGE for slot in range(FIRST_SLOT, LAST_SLOT + 1)], "default"
+    gids = subordinate_ranges("/etc/subgid", SUBID_USER)
+    starts = [
+        start
+        for first, count in uids
+        for start in range(first, first + count - RANGE + 1, RANGE)
+        if any(g <= start and start + RANGE <= g + n for g, n in gids)
+    ]
+    return starts, "subuid"
+
+
+class HeldMap:
+    """A map that no other live job has, while ``fd`` is open."""
+
+    def __init__(self, ids: IdMap, fd: int) -> None:
+        self.ids = ids
+        self._fd = fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def hold_range(directory: str = "/run/imgrun/ids") -> HeldMap:
+    """Take the first range of 65536 ids that no other live job on this host has, and hold it by a lock in ``directory``.
+
+    Two jobs that share host ids could reach each other where only ids are compared (keyrings, abstract sockets' peers,
+    per-user limits), so each has its own. Raises HostError when all are taken.
+    """
+    starts, source = _slots()
+    if starts:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        for start in starts:
+            fd = os.open(f"{directory}/{start}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            ranges = (IdRange(0, start, RANGE),)
+            return HeldMap(IdMap(ranges, ranges), fd)
+    where = f"/etc/subuid and /etc/subgid for '{SUBID_USER}'" if source == "subuid" else "imgrun's own region"
+    raise HostError(
+        f"no free range of {RANGE} ids for the job's user namespace in {where}",
+        "end other jobs, widen the range, or use --userns off",
+    )
+
+
+def write_maps(pid: int, ids: IdMap) -> None:
+    """Give the user namespace of ``pid`` its ids. The caller needs CAP_SETUID and CAP_SETGID in the parent namespace."""
+    for name, ranges in (("uid_map", ids.uids), ("gid_map", ids.gids)):
+        try:
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, "".join(f"{r}\n" for r in ranges).encode())
+            finally:
+                os.close(fd)
+        except OSError as e:
+            raise _map_error(e, name, ranges) from e
+
+
+def _map_error(e: OSError, name: str, ranges: tuple[IdRange, ...]) -> ImgrunError:
+    return HostError(
+        f"the kernel refused the job's {name} ({', '.join(map(str, ranges))}): {e.strerror}",
+        "inside a container, the range must lie within the container's own ids; list one in /etc/subuid and "
+        f"/etc/subgid for '{SUBID_USER}', or use --userns off",
+    )

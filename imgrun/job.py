@@ -1,0 +1,294 @@
+"""Job: one run of a spec, and what can be done with it. The public API and the command line end here."""
+
+from __future__ import annotations
+
+import os
+import signal as signals
+import time
+from typing import Any
+
+from imgrun.channel import connect
+from imgrun.errors import ImgrunError, JobStateError
+from imgrun.result import Result, Usage
+from imgrun.spec import JobSpec
+from imgrun.state import JobDir, StateRoot, claim, now, process_start
+
+
+class Job:
+    """A job of this user on this host.
+
+    Made by :meth:`start` or :meth:`find`. Safe to use from several threads.
+    """
+
+    def __init__(self, directory: JobDir) -> None:
+        self._dir = directory
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.state}>"
+
+    @property
+    def id(self) -> str:
+        return self._dir.id
+
+    @property
+    def name(self) -> str | None:
+        return self._dir.name
+
+    @property
+    def directory(self) -> str:
+        """Where the job's state is; its output is in ``stdout`` and ``stderr`` there, unless it went elsewhere."""
+        return self._dir.path
+
+    @classmethod
+    def start(
+        cls, spec: JobSpec, *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None
+    ) -> Job:
+        """Start a job and return once its command runs.
+
+        Descriptors that are not given: input is empty, output is kept with the job (:meth:`output`). The job goes on
+        when the calling process ends. Raises what ``imgrun start`` reports: SpecError, ImageError, HostError, ...
+        """
+        from imgrun.launcher import start_job
+
+        return cls(start_job(spec, (stdin, stdout, stderr)))
+
+    @classmethod
+    def find(cls, wanted: str) -> Job:
+        """The job with this name, id, or unique beginning of an id. Raises JobNotFound."""
+        return cls(StateRoot().find(wanted))
+
+    @classmethod
+    def all(cls) -> list[Job]:
+        """All jobs with a record on this host, oldest first."""
+        root = StateRoot()
+        jobs = [cls(JobDir(root, job_id)) for job_id in root.ids()]
+        return sorted(jobs, key=lambda job: job._dir.read("job.json").get("created_at", ""))
+
+    # -- what is known of it ------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> JobSpec:
+        return JobSpec.from_dict(self._dir.read("spec.json"))
+
+    @property
+    def running(self) -> bool:
+        """Whether a supervisor owns the job now."""
+        return self._dir.alive()
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``running``, ``finished``, or ``lost`` when its supervisor was killed."""
+        state = str(self._dir.read("state.json").get("state", "starting"))
+        if state in ("starting", "running") and not self.running:
+            # It may have ended between the two looks.
+            state = str(self._dir.read("state.json").get("state", "lost"))
+            return state if state == "finished" else "lost"
+        return state
+
+    @property
+    def result(self) -> Result | None:
+        """The record of its end; None while it runs."""
+        record = self._dir.read("result.json")
+        return Result.from_dict(record) if record else None
+
+    def inspect(self) -> dict[str, Any]:
+        """Everything that is recorded of the job, for JSON."""
+        record = self._dir.read("job.json") | {"name": self.name, "state": self.state, "directory": self.directory}
+        live = self._dir.read("state.json")
+        for key in ("supervisor", "init", "started_at", "hostname", "cgroups"):
+            record[key] = live.get(key)
+        return record | {"spec": self._dir.read("spec.json"), "result": self._dir.read("result.json") or None}
+
+    def output(self, stream: str = "stdout") -> bytes:
+        """What the job has written to ``stdout`` or ``stderr`` so far, when that is kept with it."""
+        try:
+            with open(f"{self.directory}/{stream}", "rb") as f:
+                return f.read()
+        except FileNotFoundError:
+            return b""
+
+    # -- what can be done with it -------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait for the end and return the record. ``timeout`` in seconds; raises TimeoutError when it passes.
+
+        Raises JobStateError when the job's record is gone.
+        """
+        self.await_end(timeout)
+        result = self.result
+        if result is None:
+            collect(self._dir.root)
+            result = self.result
+        if result is None:
+            raise JobStateError(f"job {self.id} has ended and its record was removed", "start it with --no-rm to keep it")
+        return result
+
+    def await_end(self, timeout: float | None = None) -> None:
+        """Wait until no supervisor owns the job. Raises TimeoutError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        live = self._dir.read("state.json")
+        pid = live.get("supervisor")
+        if isinstance(pid, int):
+            try:
+                fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return
+            import select
+
+            try:
+                if process_start(pid) == live.get("supervisor_start", process_start(pid)) and self.running:
+                    poll = select.poll()
+                    poll.register(fd, select.POLLIN)
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    if not poll.poll(None if left is None else left * 1000):
+                        raise TimeoutError(f"job {self.id} still runs")
+            finally:
+                os.close(fd)
+        while self.running:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"job {self.id} still runs")
+            time.sleep(0.01)
+
+    def _request(self, **message: Any) -> None:
+        here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            channel = connect(f"/proc/self/fd/{here}/control")
+        except OSError as e:
+            raise JobStateError(f"job {self.id} is not running", "'imgrun ps --all' shows the states") from e
+        finally:
+            os.close(here)
+        try:
+            channel.set_timeout(30.0)
+            channel.send(message)
+            received = channel.receive()
+        except OSError as e:
+            raise JobStateError(f"job {self.id} does not answer: {e.strerror or e}", "it may just have ended") from e
+        finally:
+            channel.close()
+        answer = received[0] if received else {"error": "it ended"}
+        if "error" in answer:
+            raise JobStateError(f"job {self.id}: {answer['error']}", "'imgrun inspect' shows its state")
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to the job's command. SIGKILL ends the whole job. Raises JobStateError when it does not run."""
+        self._request(request="signal", signal=int(signum))
+
+    def kill(self) -> None:
+        """End the whole job at once."""
+        self.signal(signals.SIGKILL)
+
+    def stop(self, timeout: float | None = None, signum: int | None = None) -> Result:
+        """Ask the job to end (its stop signal), kill it after ``timeout`` seconds, and return the record."""
+        self.request_stop(timeout, signum)
+        return self.wait()
+
+    def request_stop(self, timeout: float | None = None, signum: int | None = None) -> None:
+        """As :meth:`stop`, without waiting."""
+        self._request(request="stop", timeout=timeout, signal=None if signum is None else int(signum))
+
+    def remove(self, *, force: bool = False) -> None:
+        """Remove the record of a finished job; with ``force``, kill it first. Raises JobStateError when it runs."""
+        if self.running:
+            if not force:
+                raise JobStateError(f"job {self.id} is running", "stop it first, or use --force")
+            try:
+                self.kill()
+                self.wait()
+            except JobStateError:
+                pass  # it ended by itself meanwhile
+        collect(self._dir.root)
+        self._dir.remove()
+
+    def cgroup_paths(self) -> list[str]:
+        """The job's cgroup directories on the host."""
+        return [path for path in self._dir.read("state.json").get("cgroups", []) if isinstance(path, str)]
+
+    def capabilities(self) -> frozenset[str]:
+        """What the job's root may do in its namespaces, by the names of capabilities(7) without CAP_."""
+        return frozenset(self._dir.read("state.json").get("capabilities", ()))
+
+    def init_pid(self) -> int:
+        """The host's pid of the job's PID 1. Raises JobStateError when the job does not run."""
+        live = self._dir.read("state.json")
+        pid = live.get("init")
+        if self.running and isinstance(pid, int) and process_start(pid) == live.get("init_start"):
+            return pid
+        raise JobStateError(f"job {self.id} is not running", "'imgrun ps --all' shows the states")
+
+
+def finish(job: JobDir, *, keep: bool) -> None:
+    """The last act of a supervisor: the scratch goes; the record too unless it is to be kept."""
+    from imgrun.state import remove_tree
+
+    if keep:
+        remove_tree(f"{job.path}/scratch")
+        try:
+            os.unlink(f"{job.path}/control")
+        except FileNotFoundError:
+            pass
+    else:
+        job.remove()
+    job.release(ended=True)
+
+
+def collect(root: StateRoot) -> list[str]:
+    """Clean up after supervisors that were killed. Returns the ids of their jobs.
+
+    The kernel has ended the jobs' processes and mounts by then, or does so within moments; cgroup directories and state
+    are ours to remove.
+    """
+    done = []
+    for job in root.leftovers():
+        if not claim(job):
+            continue
+        try:
+            _collect_one(job)
+            done.append(job.id)
+        except (ImgrunError, OSError):
+            job.release(ended=False)  # the next command tries again
+    return done
+
+
+def _collect_one(job: JobDir) -> None:
+    from imgrun.isolation.cgroup import remove_leftovers
+
+    live = job.read("state.json")
+    _end_init(live)
+    remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
+    keep = bool(job.read("job.json").get("keep"))
+    if keep and not job.read("result.json"):
+        spec = job.read("spec.json")
+        lost = Result(
+            id=job.id, name=job.name, image=str(spec.get("image")), command=tuple(spec.get("command", ())),
+            reason="lost", exit_code=None, signal=None, message="the job's supervisor was killed, and the job with it",
+            hint="start it again", started_at=live.get("started_at"), finished_at=now(),
+            hostname=live.get("hostname"), usage=Usage(),
+        )  # fmt: skip
+        job.write("result.json", lost.to_dict())
+        job.write("state.json", live | {"state": "finished", "reason": "lost"})
+    finish(job, keep=keep)
+
+
+def _end_init(live: dict[str, Any]) -> None:
+    """See that PID 1 of a dead supervisor's job is gone: the parent-death signal is on its way to it."""
+    pid = live.get("init")
+    if not isinstance(pid, int):
+        return
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if process_start(pid) == live.get("init_start"):
+            import select
+
+            signals.pidfd_send_signal(fd, signals.SIGKILL)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll(5000)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(fd)
+
+

@@ -1,0 +1,301 @@
+"""What a job holds of the host, and how it is set going: image, scratch, ids, cgroup, plan, and the first process.
+
+Everything that can be refused is refused in :meth:`Launch.prepare`, before a process is made.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from imgrun import init_shim, passwd
+from imgrun.channel import Channel
+from imgrun.errors import CommandNotFound, ImgrunError, SpecError
+from imgrun.image import open_image
+from imgrun.isolation import limits, namespaces, security, userns
+from imgrun.isolation.cgroup import JobCgroup
+from imgrun.isolation.child import Setup, become_init
+from imgrun.isolation.sources import Bind, IdMapUnsupported, RootImage, ScratchDir, Shim, Source
+from imgrun.isolation.userns import HeldMap, IdMap
+from imgrun.plan import Plan, build_plan
+from imgrun.result import Usage
+from imgrun.spec import JobSpec
+from imgrun.state import JobDir
+from imgrun.storage.guest import check_architecture, identify
+from imgrun.storage.scratch import Scratch
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
+SIGRTMIN = 34
+INIT_STOP_SIGNALS = {"systemd": SIGRTMIN + 3, "busybox": signal.SIGUSR2}
+"""What makes an init power off: systemd(1), busybox's init; others take SIGPWR (init(8))."""
+
+
+class Launch:
+    """The resources of one job. ``close`` gives back whatever is held, at any stage."""
+
+    def __init__(self, job: JobDir, spec: JobSpec) -> None:
+        self.job = job
+        self.spec = spec
+        self.hostname = spec.hostname or spec.name or f"job-{job.id}"
+        self.warnings: list[str] = []
+        self.timings: list[tuple[str, float]] = []
+        self.cgroup_paths: list[str] = []
+        self.capabilities = security.DEFAULT_CAPABILITIES | ({"SYS_BOOT"} if spec.init == "image" else frozenset())
+        self.pid = 0
+        self.init_stop_signal: int | None = None
+        self.plan: Plan | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._last = time.perf_counter()
+        self._cgroup: JobCgroup | None = None
+        self._ids: IdMap | None = None
+        self._fds: dict[str, int] = {}
+        self._filter: security.SeccompFilter | None = None
+
+    def mark(self, step: str) -> None:
+        """Note how long the step since the last mark took, for ``--timings``."""
+        moment = time.perf_counter()
+        self.timings.append((step, round((moment - self._last) * 1000, 3)))
+        self._last = moment
+
+    # -- before there is a process ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Take everything the job needs. Raises the error of whatever cannot be had; ``close`` gives back the rest."""
+        spec = self.spec
+        limits.check(spec.rlimits)
+        image = open_image(spec.image, spec.root, spec.partition)
+        self._undo.append(image.close)
+        self.warnings += image.warnings
+        self.mark("image: probe, lock, loop device")
+        self._fds["image"] = image.mount()
+        root = RootImage(image.info, spec.root, self._fds["image"])
+        self.mark("image: mount")
+        root_fd = self._fds["image"]
+        check_architecture(identify(root_fd))
+        self.user = self._user(root_fd)
+        self._command = [self._find_init(root_fd)] if spec.init == "image" else list(spec.command)
+        self._hold_ids()
+        self._make_cgroup()
+        self.mark("cgroups")
+        if spec.seccomp == "default":
+            # Made here: the library is the host's, and the filter needs no more of it to be loaded.
+            self._filter = security.seccomp_filter("default", ("reboot",) if spec.init == "image" else ())
+        scratch = Scratch.create(f"{self.job.path}/scratch", spec.scratch_size)
+        self._undo.append(scratch.close)
+        self.scratch = scratch
+        self.mark("scratch")
+        base: list[Source] = [root, ScratchDir(scratch, spec.scratch_size), Shim(init_shim.program())]
+        owner = self.outside_ids() or (self.user.uid, self.user.gid)
+        self.plan = build_plan(
+            spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner
+        )
+        try:
+            self._open_sources()
+        except IdMapUnsupported as e:
+            if spec.userns != "auto" or any(m.idmap for m in spec.mounts):
+                raise
+            self._use_host_ids(e)
+        self.mark("mounts prepared")
+
+    def _user(self, root_fd: int) -> passwd.User:
+        user = passwd.lookup(root_fd, self.spec.user or "0")
+        for number in (user.uid, user.gid):
+            if self.spec.userns == "auto" and number >= userns.RANGE:
+                raise SpecError(
+                    f"--user {self.spec.user}: id {number} is outside the job's range of {userns.RANGE} ids",
+                    "choose an id below 65536, or --userns off",
+                )
+        return user
+
+    def _hold_ids(self) -> None:
+        if self.spec.userns == "off":
+            return
+        held: HeldMap = userns.hold_range()
+        self._undo.append(held.close)
+        self._ids = held.ids
+
+    def _use_host_ids(self, why: IdMapUnsupported) -> None:
+        """The stated fallback where mounts cannot be id-mapped."""
+        self.warnings.append(f"{why.message}: the job's user namespace uses the host's own ids")
+        self._ids = userns.identity()
+        self._open_sources()
+
+    def _make_cgroup(self) -> None:
+        self._cgroup = JobCgroup.create(self.job.id, self.spec.limits(), announce=self._announce_cgroups)
+        self._undo.append(self._cgroup.remove)
+        if self.spec.init == "image" and self._cgroup.clone_into >= 0 and (ids := self.outside_ids()) is not None:
+            # An init makes groups of its own below its job's (cgroups(7), "Delegation").
+            for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
+                os.chown(f"{self._cgroup.paths[0]}/{name}", *ids)
+
+    def _cgroup_views(self) -> tuple[tuple[str, str], ...]:
+        """What the job sees in /sys/fs/cgroup, as (name, host directory)."""
+        assert self._cgroup is not None
+        paths = self._cgroup.paths
+        unified = self._cgroup.clone_into >= 0
+        if unified and (len(paths) == 1 or self.spec.init == "image"):
+            return (("", paths[0]),)
+        # A v1 or hybrid host: hierarchies are side by side below /sys/fs/cgroup.
+        return tuple((path.removeprefix("/sys/fs/cgroup/").split("/")[0], path) for path in paths)
+
+    def _announce_cgroups(self, paths: list[str]) -> None:
+        """Write down what is about to be made, so that it is found again if this process is killed."""
+        self.cgroup_paths = list(paths)
+        self.job.write("state.json", {"state": "starting", "supervisor": os.getpid(), "cgroups": self.cgroup_paths})
+
+    def _open_sources(self) -> None:
+        assert self.plan is not None
+        userns_fd = None
+        if self._ids is not None and not self._ids.identity:
+            userns_fd = namespaces.userns_descriptor(self._ids)
+        try:
+            for source in self.plan.sources:
+                if source.key not in self._fds or source.key == "image":
+                    self._undo.append(source.close)
+                    self._fds[source.key] = source.open(userns_fd)
+        finally:
+            if userns_fd is not None:
+                os.close(userns_fd)
+
+    def outside_ids(self) -> tuple[int, int] | None:
+        """The host's ids of the job's user; None when the job has no user namespace."""
+        if self._ids is None:
+            return None
+        uid, gid = self._ids.outside_uid(self.user.uid), self._ids.outside_gid(self.user.gid)
+        return None if uid is None or gid is None else (uid, gid)
+
+    # -- the first process --------------------------------------------------------------------------------------------
+
+    def _shim_argv(self, status: int) -> list[str]:
+        return init_shim.arguments(
+            self._command, status_fd=status, role="init" if self.spec.init == "shim" else "exec", uid=self.user.uid,
+            gid=self.user.gid, groups=self.user.groups, cwd=self._cwd(), tty=self.spec.tty, rlimits=self.spec.rlimits,
+        )  # fmt: skip
+
+    def _find_init(self, root_fd: int) -> str:
+        for path in INITS:
+            target = passwd.resolve(root_fd, path)
+            if target is not None:
+                kind = next((kind for kind in INIT_STOP_SIGNALS if kind in target), None)
+                self.init_stop_signal = INIT_STOP_SIGNALS[kind] if kind else int(signal.SIGPWR)
+                return path
+        raise CommandNotFound(f"the image has no init ({', '.join(INITS)})", "install one, or use --init shim")
+
+    def environment(self) -> dict[str, str]:
+        """The command's environment: what a login has, the job's id, and what the spec says. Nothing of the caller's."""
+        env = login_environment(self.user, self.job.id, tty=self.spec.tty)
+        if self.spec.init == "image":
+            env["container_uuid"] = f"{self.job.id[:8]}-{self.job.id[8:]}-4000-8000-{self.job.id}"
+        return {**env, **self.spec.env}
+
+    def spawn(self, stdio: tuple[int, ...], status: int) -> None:
+        """Make the job's namespaces with its first process, which waits for :meth:`hand_over`."""
+        assert self.plan is not None and self._cgroup is not None
+        self.channel, theirs = Channel.pair()
+        self._undo.append(self.channel.close)
+        own_network = self.spec.network != "host"
+        setup = Setup(
+            channel=theirs, supervisors_end=self.channel, operations=self.plan.operations, fds=self._fds,
+            hostname=self.hostname, user=self.user, userns=self._ids is not None, own_network=own_network,
+            join=tuple(self._cgroup.join_descriptors()), stdio=stdio, tty=self.spec.tty, status=status,
+            argv=self._shim_argv(status), env=self.environment(), capabilities=self.capabilities,
+            filter=self._filter,
+        )  # fmt: skip
+        flags = namespaces.job_flags(userns=self._ids is not None, own_network=own_network)
+        try:
+            self.pid = namespaces.spawn(flags, lambda: become_init(setup), self._cgroup.clone_into)
+        finally:
+            theirs.close()
+            for fd in setup.join:
+                os.close(fd)
+
+    def hand_over(self) -> None:
+        """Give the first process its ids and let it go on; our copies of the mounts are closed."""
+        if self._ids is not None:
+            userns.write_maps(self.pid, self._ids)
+        try:
+            self.channel.send({"go": True})
+        except OSError:
+            pass  # it has died: the caller reads why, or that it said nothing
+        self._close_mounts()
+
+    def _close_mounts(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def exec_error(self, failed: init_shim.StepFailed) -> ImgrunError:
+        """What it means that the shim could not start the command."""
+        return init_shim.failure(failed, self._command, cwd=self._cwd(), user=self.spec.user or "")
+
+    def _cwd(self) -> str:
+        return self.spec.workdir or "/"
+
+    # -- while it runs and after --------------------------------------------------------------------------------------
+
+    def memory_events(self) -> tuple[int, int] | None:
+        """What to poll to learn of memory kills; None where the kernel does not tell."""
+        source = self._cgroup.memory_event_source() if self._cgroup else (-1, 0)
+        return source if source[0] >= 0 else None
+
+    def acknowledge_memory_event(self) -> None:
+        if self._cgroup:
+            self._cgroup.acknowledge_memory_event()
+
+    def memory_killed(self) -> bool:
+        return bool(self._cgroup and self._cgroup.oom_kills())
+
+    def memory_verdict(self, usage: Usage) -> tuple[str, str]:
+        limit = self.spec.memory
+        peak = f"; its peak was {usage.memory_peak >> 20} MiB" if usage.memory_peak else ""
+        if limit is None:
+            return f"the job was killed for memory by a limit above its own, or the host's{peak}", "ask for more memory"
+        return f"the job ran into its memory limit of {limit >> 20} MiB{peak}", "give a larger --memory"
+
+    def command_pid(self) -> int | None:
+        """The command's pid on the host; None when it cannot be told."""
+        from imgrun.isolation.processes import command_of
+
+        return command_of(self.pid)
+
+    def usage(self, wall_seconds: float) -> Usage:
+        """What the job used, read from its cgroup before that goes."""
+        usage = Usage(wall_seconds=round(wall_seconds, 6), source="cgroup")
+        if self._cgroup is not None:
+            measured = self._cgroup.usage()
+            for field in measured._fields:
+                if field in Usage.__slots__:
+                    setattr(usage, field, getattr(measured, field))
+        usage.scratch_bytes = self.scratch.used()
+        return usage
+
+    def end(self) -> None:
+        """Kill the job if it still runs: with PID 1 the kernel ends all of it."""
+        if self.pid > 0:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+    def close(self) -> None:
+        """Give back everything, last first. Every step is tried; the first failure is raised at the end."""
+        failure: Exception | None = None
+        self._close_mounts()
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except (ImgrunError, OSError) as e:
+                failure = failure or e
+        if failure is not None:
+            raise failure
+
+
+def login_environment(user: passwd.User, job_id: str, *, tty: bool) -> dict[str, str]:
+    """What a login would set, and what says that this is a job of imgrun's."""
+    env = {"PATH": DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
+    env |= {"container": "imgrun", "IMGRUN_JOB_ID": job_id}
+    if tty:
+        env["TERM"] = os.environ.get("TERM", "xterm")
+    return env

@@ -1,0 +1,201 @@
+"""Starting jobs in the background: from the command line by a fork, from a Python program by a small server process.
+
+A supervisor must have one thread and be no child that its caller has to wait for. A program that uses the library may
+have many threads, so it never forks itself: the first ``Job.start`` executes this module as a server, which has the
+imports done and forks a supervisor per request. The server ends when the program does; its supervisors go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+from imgrun import errors, syscalls
+from imgrun.channel import Channel
+from imgrun.errors import HostError, ImgrunError, StartError
+from imgrun.job import collect, finish
+from imgrun.spec import JobSpec
+from imgrun.state import JobDir, StateRoot
+from imgrun.supervisor import Stdio, Supervisor
+
+_lock = threading.Lock()
+_server: Channel | None = None
+_server_pid = 0
+
+
+def supervise(job: JobDir, spec: JobSpec, stdio: Stdio, ready: Channel, *, keep: bool) -> None:
+    """Be the supervisor of a background job: report on ``ready`` when it has started, or why not; live to its end."""
+    os.setsid()
+    started = False
+
+    def report() -> None:
+        nonlocal started
+        started = True
+        _report(ready, {"started": True})
+
+    result = Supervisor(job, spec, stdio, on_started=report).run()
+    if not started:
+        _report(ready, {"error": result.failure_class, "message": result.message, "hint": result.hint})
+    finish(job, keep=keep and started)
+
+
+def _report(ready: Channel, message: dict[str, Any]) -> None:
+    try:
+        ready.send(message)
+    except OSError:
+        pass  # whoever asked has gone; the job goes on
+    ready.close()
+
+
+def await_start(ready: Channel) -> None:
+    """Wait for a supervisor's report. Raises what it failed with."""
+    received = ready.receive()
+    if received is None:
+        raise StartError("the job's supervisor was killed while it started", "start it again")
+    message = received[0]
+    if "error" in message:
+        raise getattr(errors, str(message["error"]), StartError)(message["message"], message["hint"])
+
+
+def open_output(job: JobDir, name: str) -> int:
+    """The file that keeps an output stream with the job."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.open(f"{job.path}/{name}", flags, 0o600)
+
+
+def start_detached(spec: JobSpec, *, keep: bool) -> JobDir:
+    """Start a job in the background from a process with one thread; returns once its command runs."""
+    root = StateRoot()
+    collect(root)
+    job = root.create(spec.to_dict(), keep=keep)
+    ready, theirs = Channel.pair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        try:
+            ready.close()
+            if os.fork() == 0:
+                null = os.open("/dev/null", os.O_RDWR)
+                for fd in (0, 1, 2):
+                    os.dup2(null, fd)
+                stdio = Stdio(-1, open_output(job, "stdout"), open_output(job, "stderr"))
+                supervise(job, spec, stdio, theirs, keep=keep)
+        finally:
+            os._exit(0)
+    theirs.close()
+    job.release(ended=False)
+    os.wait()
+    try:
+        await_start(ready)
+    finally:
+        ready.close()
+    return job
+
+
+# -- for the library --------------------------------------------------------------------------------------------------
+
+
+def start_job(spec: JobSpec, streams: tuple[int | None, int | None, int | None]) -> JobDir:
+    """Start a job in the background from any process."""
+    root = StateRoot()
+    collect(root)
+    job = root.create(spec.to_dict(), keep=True)
+    ready, theirs = Channel.pair()
+    opened: list[int] = []
+    try:
+        fds = [job.lock_fd, theirs.fileno()]
+        for name, given in zip(("stdin", "stdout", "stderr"), streams, strict=True):
+            if given is None:
+                given = os.open("/dev/null", os.O_RDONLY) if name == "stdin" else open_output(job, name)
+                opened.append(given)
+            fds.append(given)
+        _ask_server({"job": job.id, "root": root.path}, fds)
+    except BaseException:
+        ready.close()
+        job.remove()
+        job.release(ended=True)
+        raise
+    finally:
+        theirs.close()
+        for fd in opened:
+            os.close(fd)
+    job.release(ended=False)
+    try:
+        await_start(ready)
+    finally:
+        ready.close()
+    return job
+
+
+def _ask_server(message: dict[str, Any], fds: list[int]) -> None:
+    global _server
+    for attempt in (1, 2):
+        with _lock:
+            if _server is None or _server_pid != os.getpid():
+                _server = _start_server()
+            server = _server
+        try:
+            server.send(message, fds)
+            return
+        except OSError as e:
+            with _lock:
+                if _server is server:
+                    _server = None
+            if attempt == 2:
+                raise HostError(f"imgrun's launcher process does not answer: {e.strerror}", "try again") from e
+
+
+def _start_server() -> Channel:
+    import subprocess
+
+    global _server_pid
+    ours, theirs = Channel.pair()
+    if not sys.executable:
+        raise HostError("this Python does not know its own executable", "set sys.executable, or use the command line")
+    subprocess.Popen(
+        [sys.executable, "-m", "imgrun.launcher", str(theirs.fileno())],
+        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    theirs.close()
+    _server_pid = os.getpid()
+    return ours
+
+
+def serve(channel: Channel) -> None:
+    """Fork a supervisor for each request until the program that asks is gone."""
+    import imgrun.launch  # noqa: F401 - so that no supervisor has to import it
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while (received := channel.receive()) is not None:
+        message, fds = received
+        if os.fork() == 0:
+            try:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                channel.close()
+                _serve_one(message, fds)
+            finally:
+                os._exit(0)
+        for fd in fds:
+            os.close(fd)
+
+
+def _serve_one(message: dict[str, Any], fds: list[int]) -> None:
+    lock_fd, ready_fd, *streams = fds
+    ready = Channel.from_fd(ready_fd)
+    try:
+        job = JobDir(StateRoot(message["root"]), message["job"])
+        job.lock_fd = lock_fd
+        spec = JobSpec.from_dict(job.read("spec.json"))
+    except (ImgrunError, KeyError, TypeError) as e:
+        _report(ready, {"error": "StartError", "message": f"the launcher got a bad request: {e}", "hint": None})
+        return
+    supervise(job, spec, Stdio(*streams), ready, keep=True)
+
+
+if __name__ == "__main__":
+    syscalls.close_others([int(sys.argv[1])])
+    serve(Channel.from_fd(int(sys.argv[1])))

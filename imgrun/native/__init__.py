@@ -1,0 +1,1 @@
+"""What is compiled: the system calls Python lacks, and the init program."""

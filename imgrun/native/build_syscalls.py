@@ -1,0 +1,182 @@
+"""cffi definitions of the system calls that Python does not offer. Compiled into ``imgrun.native._syscalls``.
+
+Every C function returns what the kernel returns, or ``-errno``; ``imgrun.syscalls`` turns that into exceptions.
+"""
+
+from cffi import FFI
+
+ffibuilder = FFI()
+
+ffibuilder.cdef(
+    """
+    long ig_clone(uint64_t flags, int cgroup_fd);
+    long ig_unshare(int flags);
+    long ig_setns(int fd, int flags);
+    long ig_pivot_root(const char *new_root, const char *put_old);
+    long ig_umount2(const char *target, int flags);
+    long ig_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
+    long ig_open_tree(int dirfd, const char *path, unsigned int flags);
+    long ig_move_mount(int from_fd, const char *from_path, int to_fd, const char *to_path, unsigned int flags);
+    long ig_fsopen(const char *type, unsigned int flags);
+    long ig_fsconfig(int fd, unsigned int cmd, const char *key, const char *value, int aux);
+    long ig_fsmount(int fd, unsigned int flags, unsigned int attributes);
+    long ig_mount_setattr(int dirfd, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
+                          uint64_t propagation, uint64_t userns_fd);
+    long ig_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode, uint64_t resolve);
+    long ig_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d);
+    long ig_capset(uint64_t effective, uint64_t permitted, uint64_t inheritable);
+    long ig_capget(uint64_t *effective, uint64_t *permitted, uint64_t *inheritable);
+    long ig_close_range(unsigned int first, unsigned int last, unsigned int flags);
+    long ig_join_session_keyring(void);
+    long ig_loop_get_free(int control_fd);
+    long ig_loop_configure(int loop_fd, int image_fd, uint64_t offset, uint64_t size, uint32_t block_size,
+                           uint32_t flags, const char *name);
+    struct ig_loop_status {
+        uint64_t device;
+        uint64_t inode;
+        uint64_t offset;
+        uint64_t size;
+        uint32_t flags;
+        ...;
+    };
+    long ig_loop_get_status(int loop_fd, struct ig_loop_status *status);
+    """
+)
+
+ffibuilder.set_source(
+    "imgrun.native._syscalls",
+    r"""
+    #define _GNU_SOURCE
+    #include <errno.h>
+    #include <signal.h>
+    #include <stdint.h>
+    #include <string.h>
+    #include <unistd.h>
+    #include <sys/ioctl.h>
+    #include <sys/syscall.h>
+    #include <linux/capability.h>
+    #include <linux/keyctl.h>
+    #include <linux/loop.h>
+    #include <linux/mount.h>
+    #include <linux/openat2.h>
+    #include <linux/sched.h>
+
+    #define RESULT(call) do { long ig_r = (call); return ig_r < 0 ? -(long)errno : ig_r; } while (0)
+
+    static long ig_clone(uint64_t flags, int cgroup_fd)
+    {
+        struct clone_args args;
+        memset(&args, 0, sizeof args);
+        args.flags = flags;
+        args.exit_signal = SIGCHLD;
+        if (cgroup_fd >= 0) {
+            args.flags |= CLONE_INTO_CGROUP;
+            args.cgroup = (uint64_t)cgroup_fd;
+        }
+        RESULT(syscall(SYS_clone3, &args, sizeof args));
+    }
+
+    static long ig_unshare(int flags) { RESULT(syscall(SYS_unshare, flags)); }
+    static long ig_setns(int fd, int flags) { RESULT(syscall(SYS_setns, fd, flags)); }
+    static long ig_pivot_root(const char *new_root, const char *put_old)
+    { RESULT(syscall(SYS_pivot_root, new_root, put_old)); }
+    static long ig_umount2(const char *target, int flags) { RESULT(syscall(SYS_umount2, target, flags)); }
+    static long ig_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data)
+    { RESULT(syscall(SYS_mount, source, target, type, flags, data)); }
+    static long ig_open_tree(int dirfd, const char *path, unsigned int flags)
+    { RESULT(syscall(SYS_open_tree, dirfd, path, flags)); }
+    static long ig_move_mount(int from_fd, const char *from_path, int to_fd, const char *to_path, unsigned int flags)
+    { RESULT(syscall(SYS_move_mount, from_fd, from_path, to_fd, to_path, flags)); }
+    static long ig_fsopen(const char *type, unsigned int flags) { RESULT(syscall(SYS_fsopen, type, flags)); }
+    static long ig_fsconfig(int fd, unsigned int cmd, const char *key, const char *value, int aux)
+    { RESULT(syscall(SYS_fsconfig, fd, cmd, key, value, aux)); }
+    static long ig_fsmount(int fd, unsigned int flags, unsigned int attributes)
+    { RESULT(syscall(SYS_fsmount, fd, flags, attributes)); }
+
+    static long ig_mount_setattr(int dirfd, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
+                                 uint64_t propagation, uint64_t userns_fd)
+    {
+        struct mount_attr attr;
+        memset(&attr, 0, sizeof attr);
+        attr.attr_set = set;
+        attr.attr_clr = clear;
+        attr.propagation = propagation;
+        attr.userns_fd = userns_fd;
+        RESULT(syscall(SYS_mount_setattr, dirfd, path, flags, &attr, sizeof attr));
+    }
+
+    static long ig_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode, uint64_t resolve)
+    {
+        struct open_how how;
+        memset(&how, 0, sizeof how);
+        how.flags = flags;
+        how.mode = mode;
+        how.resolve = resolve;
+        RESULT(syscall(SYS_openat2, dirfd, path, &how, sizeof how));
+    }
+
+    static long ig_prctl(int option, unsigned long a, unsigned long b, unsigned long c, unsigned long d)
+    { RESULT(syscall(SYS_prctl, option, a, b, c, d)); }
+
+    static long ig_capset(uint64_t effective, uint64_t permitted, uint64_t inheritable)
+    {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct data[2] = {
+            { (uint32_t)effective, (uint32_t)permitted, (uint32_t)inheritable },
+            { (uint32_t)(effective >> 32), (uint32_t)(permitted >> 32), (uint32_t)(inheritable >> 32) },
+        };
+        RESULT(syscall(SYS_capset, &header, data));
+    }
+
+    static long ig_capget(uint64_t *effective, uint64_t *permitted, uint64_t *inheritable)
+    {
+        struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+        struct __user_cap_data_struct data[2];
+        if (syscall(SYS_capget, &header, data) < 0)
+            return -(long)errno;
+        *effective = data[0].effective | (uint64_t)data[1].effective << 32;
+        *permitted = data[0].permitted | (uint64_t)data[1].permitted << 32;
+        *inheritable = data[0].inheritable | (uint64_t)data[1].inheritable << 32;
+        return 0;
+    }
+
+    static long ig_close_range(unsigned int first, unsigned int last, unsigned int flags)
+    { RESULT(syscall(SYS_close_range, first, last, flags)); }
+
+    static long ig_join_session_keyring(void) { RESULT(syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0)); }
+
+    static long ig_loop_get_free(int control_fd) { RESULT(ioctl(control_fd, LOOP_CTL_GET_FREE)); }
+
+    static long ig_loop_configure(int loop_fd, int image_fd, uint64_t offset, uint64_t size, uint32_t block_size,
+                                  uint32_t flags, const char *name)
+    {
+        struct loop_config config;
+        memset(&config, 0, sizeof config);
+        config.fd = (uint32_t)image_fd;
+        config.block_size = block_size;
+        config.info.lo_offset = offset;
+        config.info.lo_sizelimit = size;
+        config.info.lo_flags = flags;
+        strncpy((char *)config.info.lo_file_name, name, sizeof config.info.lo_file_name - 1);
+        RESULT(ioctl(loop_fd, LOOP_CONFIGURE, &config));
+    }
+
+    struct ig_loop_status { uint64_t device, inode, offset, size; uint32_t flags; };
+
+    static long ig_loop_get_status(int loop_fd, struct ig_loop_status *status)
+    {
+        struct loop_info64 info;
+        if (ioctl(loop_fd, LOOP_GET_STATUS64, &info) < 0)
+            return -(long)errno;
+        status->device = info.lo_device;
+        status->inode = info.lo_inode;
+        status->offset = info.lo_offset;
+        status->size = info.lo_sizelimit;
+        status->flags = info.lo_flags;
+        return 0;
+    }
+    """,
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

@@ -1,0 +1,79 @@
+"""The plan of a job: from a spec, everything that will be mounted and set up, in order, before anything is done.
+
+One plan serves execution, ``--dry-run`` and the debug log.
+"""
+
+from __future__ import annotations
+
+from imgrun.isolation import mounts as m
+from imgrun.isolation.sources import Bind, OtherImage, Source
+from imgrun.spec import JobSpec
+
+
+class Plan:
+    """``sources`` are opened by the supervisor, ``operations`` run in the job's namespaces; both in order."""
+
+    def __init__(self, sources: list[Source], operations: list[m.Operation]) -> None:
+        self.sources = sources
+        self.operations = operations
+
+    def lines(self) -> list[str]:
+        """What will be done, a line each, for people."""
+        prepared = [f"supervisor: {source.describe()}" for source in self.sources]
+        return prepared + [f"job: {operation.describe()}" for operation in self.operations]
+
+
+def hosts_file(hostname: str) -> bytes:
+    return f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n".encode()
+
+
+def resolv_conf(own_network: bool) -> bytes:
+    """The host's own, as far as it means the same in the job; without a network, none."""
+    if own_network:
+        return b"# no network in this job\n"
+    try:
+        with open("/etc/resolv.conf", "rb") as f:
+            return f.read(1 << 16)
+    except OSError:
+        return b"# the host has no /etc/resolv.conf\n"
+
+
+def build_plan(
+    spec: JobSpec,
+    *,
+    hostname: str,
+    base_sources: list[Source],
+    cgroup_views: tuple[tuple[str, str], ...],
+    owner: tuple[int, int] | None,
+) -> Plan:
+    """The plan for ``spec``. ``owner`` is the host's ids of the job's user, for id-mapped binds."""
+    own_network = spec.network != "host"
+    sources = list(base_sources)
+    ops: list[m.Operation] = [m.Isolate(), m.Scratch()]
+    ops.append(m.Root() if spec.root == "writable" else m.Overlay())
+    ops += [m.Proc(), m.Sys(own_network), m.CgroupView(cgroup_views, writable=spec.init == "image"), m.Dev()]
+    if spec.userns == "off":
+        from imgrun.isolation.security import MASKED_PATHS, READONLY_PATHS
+
+        ops += [m.Hide(path) for path in MASKED_PATHS]
+        ops += [m.Protect(path) for path in READONLY_PATHS]
+    ops += [m.FromScratch("tmp", "/tmp"), m.FromScratch("var-tmp", "/var/tmp")]
+    if spec.init == "image":
+        ops.append(m.Tmpfs("/run", mode=0o755))
+    ops += [
+        m.EtcFile("hostname", f"{hostname}\n".encode()),
+        m.EtcFile("hosts", hosts_file(hostname)),
+        m.EtcFile("resolv.conf", resolv_conf(own_network)),
+    ]
+    # Shorter targets first, so that a mount on a directory never hides one inside it.
+    for i, mount in enumerate(sorted(spec.mounts, key=lambda mount: mount.dst.count("/"))):
+        if mount.type == "tmpfs":
+            ops.append(m.Tmpfs(mount.dst, mount.size))
+            continue
+        key = f"mount{i}"
+        sources.append(Bind(key, mount, owner) if mount.type == "bind" else OtherImage(key, mount))
+        ops.append(m.Given(key, mount.dst, mount.describe()))
+    if spec.root == "read-only":
+        ops.append(m.ReadOnlyRoot())
+    ops.append(m.EnterRoot())
+    return Plan(sources, ops)

@@ -1,0 +1,102 @@
+"""The result of a job: how it ended and what it used. What was not measured is None, never 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Reason = Literal[
+    "exited", "signaled", "memory-limit", "host-memory", "time-limit", "stopped", "checkpointed", "lost",
+    "failed-to-start",
+]  # fmt: skip
+
+TIME_LIMIT_CODE = 124
+FAILURE_CODE = 125
+MEMORY_CODE = 137
+
+
+@dataclass(slots=True)
+class Usage:
+    """What the job used. Times in seconds, sizes in bytes. ``source`` says how it was measured: cgroup or rusage."""
+
+    wall_seconds: float | None = None
+    user_seconds: float | None = None
+    system_seconds: float | None = None
+    memory_peak: int | None = None
+    """Everything charged to the job, page cache included."""
+    memory_anon: int | None = None
+    memory_file: int | None = None
+    memory_kernel: int | None = None
+    swap_peak: int | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    read_operations: int | None = None
+    write_operations: int | None = None
+    pids_peak: int | None = None
+    pids_refused: int | None = None
+    periods: int | None = None
+    throttled_periods: int | None = None
+    throttled_seconds: float | None = None
+    cpu_some_stalled: float | None = None
+    memory_full_stalled: float | None = None
+    io_full_stalled: float | None = None
+    scratch_bytes: int | None = None
+    source: str | None = None
+
+
+@dataclass(slots=True)
+class Result:
+    """The record of a finished job, as ``--result``, ``inspect`` and the library give it."""
+
+    id: str
+    name: str | None
+    image: str
+    command: tuple[str, ...]
+    reason: Reason
+    exit_code: int | None
+    """The command's own exit code; None when a signal ended it or it never ran."""
+    signal: int | None
+    """The signal that ended the command; None when it exited."""
+    message: str | None
+    """One line for people: why, when there is more to say than the exit code does."""
+    hint: str | None
+    started_at: str | None
+    finished_at: str
+    hostname: str | None = None
+    usage: Usage = field(default_factory=Usage)
+    warnings: tuple[str, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """Milliseconds of the steps of the start, in order."""
+    failure_code: int = FAILURE_CODE
+    """What the command line exits with when the job failed to start: 125, 126 or 127."""
+    failure_class: str | None = None
+    """The error of imgrun.errors with which the job failed to start."""
+
+    @property
+    def exit_status(self) -> int:
+        """What ``imgrun start`` exits with."""
+        if self.reason == "failed-to-start":
+            return self.failure_code
+        if self.reason == "lost":
+            return FAILURE_CODE
+        if self.reason == "time-limit":
+            return TIME_LIMIT_CODE
+        if self.reason in ("memory-limit", "host-memory"):
+            return MEMORY_CODE
+        if self.exit_code is not None:
+            return self.exit_code
+        return 128 + (self.signal or 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        record = asdict(self)
+        record["exit_status"] = self.exit_status
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Result:
+        known = {k: v for k, v in record.items() if k != "exit_status"}
+        known["usage"] = Usage(**known.get("usage", {}))
+        for key in ("command", "warnings"):
+            known[key] = tuple(known.get(key, ()))
+        return cls(**known)

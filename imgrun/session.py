@@ -1,0 +1,225 @@
+"""Another command in a running job: ``imgrun exec``.
+
+The command gets the job's namespaces, cgroup, limits and restrictions, but is none of its processes: it is started by, and
+dies with, whoever asked for it, and is not part of what is frozen.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+from collections.abc import Mapping
+from typing import NamedTuple, NoReturn
+
+from imgrun import errors, init_shim, passwd
+from imgrun import syscalls as sc
+from imgrun.channel import Channel
+from imgrun.errors import ImgrunError, JobStateError, StartError
+from imgrun.init_shim import SHIM, StatusReader, StepFailed
+from imgrun.isolation import limits, namespaces, security
+from imgrun.isolation.cgroup import reopen
+from imgrun.isolation.child import open_terminal
+from imgrun.job import Job
+from imgrun.launch import login_environment
+from imgrun.relay import Pump, Relay, Terminal, own_description, set_nonblocking
+from imgrun.supervisor import FORWARDED
+
+
+class Entry(NamedTuple):
+    """What the process that enters the job needs."""
+
+    channel: Channel
+    namespaces: dict[str, int]
+    join: tuple[int, ...]
+    capabilities: frozenset[str]
+    user: passwd.User
+    argv: list[str]
+    env: dict[str, str]
+    tty: bool
+    status: int
+
+
+def execute(
+    job: Job,
+    command: tuple[str, ...],
+    *,
+    user: str | None = None,
+    workdir: str | None = None,
+    env: Mapping[str, str] | None = None,
+    tty: bool = False,
+    stdin: bool = False,
+) -> int:
+    """Run ``command`` in the job with our standard streams and return its exit status (128+N for signal N).
+
+    Raises JobStateError when the job does not run, CommandNotFound and the like as ``start`` does.
+    """
+    init = job.init_pid()
+    descriptors = namespaces.open_all(init)
+    spec = job.spec
+    try:
+        root = os.open(f"/proc/{init}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise JobStateError(f"job {job.id} ended meanwhile", "see 'imgrun inspect' for how") from e
+    who = passwd.lookup(root, user or spec.user or "0")
+    os.close(root)
+    cwd = workdir or spec.workdir or "/"
+    cgroup = reopen(job.cgroup_paths())
+    ours, theirs = Channel.pair()
+    status_read, status_write = os.pipe2(os.O_CLOEXEC)
+    if not stdin:
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+    entry = Entry(
+        channel=theirs, namespaces=descriptors, join=tuple(cgroup.join_descriptors()),
+        capabilities=job.capabilities(), user=who,
+        argv=init_shim.arguments(
+            command, status_fd=status_write, role="exec", uid=who.uid, gid=who.gid, groups=who.groups, cwd=cwd, tty=tty,
+            rlimits=spec.rlimits,
+        ),
+        env={**login_environment(who, job.id, tty=tty), **spec.env, **(env or {})}, tty=tty, status=status_write,
+    )  # fmt: skip
+    try:
+        pid = namespaces.spawn(0, lambda: _enter(entry, ours), cgroup.clone_into)
+    except ImgrunError as e:
+        raise JobStateError(f"job {job.id} cannot be entered: {e.message}", "it may just have ended") from e
+    theirs.close()
+    os.close(status_write)
+    for fd in (*entry.join, *descriptors.values()):
+        os.close(fd)
+    cgroup.close()
+    return _accompany(pid, ours, status_read, command, cwd, who.name)
+
+
+# -- in the process that enters ---------------------------------------------------------------------------------------
+
+
+def _enter(entry: Entry, supervisors_end: Channel) -> NoReturn:
+    try:
+        supervisors_end.close()
+        _enter_and_run(entry)
+    except ImgrunError as e:
+        entry.channel.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
+    except OSError as e:
+        entry.channel.send({"error": "StartError", "message": f"entering the job failed: {e}", "hint": None})
+    os._exit(125)
+
+
+def _enter_and_run(entry: Entry) -> None:
+    sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()  # signals of the caller's terminal reach us by way of the caller only
+    limits.raise_oom_score()
+    for fd in entry.join:
+        os.write(fd, b"0")
+    namespaces.enter(entry.namespaces)
+    if "user" in entry.namespaces:
+        os.setresgid(0, 0, 0)
+        os.setgroups([])
+        os.setresuid(0, 0, 0)
+    os.chdir("/")
+    security.fresh_keyring()
+    if entry.tty:
+        entry.channel.send({"terminal": True}, [open_terminal(entry.user.uid)])
+    # A process of the job's PID namespace, which we ourselves are not; we stay to tell how it ended.
+    child = sc.clone(0)
+    if child == 0:
+        try:
+            _run(entry)
+        finally:
+            os._exit(125)
+    os.close(entry.status)
+    entry.channel.close()
+    for signum in FORWARDED:
+        signal.signal(signum, lambda number, _frame: os.kill(child, number))
+    _, status = os.waitpid(child, 0)
+    os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
+
+
+def _run(entry: Entry) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    os.umask(limits.UMASK)
+    security.drop_capabilities(entry.capabilities)
+    security.no_new_privs()
+    sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
+    sc.close_range_cloexec(3)
+    os.set_inheritable(entry.status, True)
+    os.execve(SHIM, entry.argv, entry.env)
+
+
+# -- in the process that asked ----------------------------------------------------------------------------------------
+
+
+def _accompany(pid: int, channel: Channel, status: int, command: tuple[str, ...], cwd: str, user: str) -> int:
+    """Wait for the command, passing on signals and, with a terminal, what is typed and printed."""
+    relay = Relay()
+    terminal: Terminal | None = None
+    master = -1
+    wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    for signum in FORWARDED:
+        signal.signal(signum, lambda *_: None)
+    try:
+        while (received := channel.receive()) is not None:
+            message, fds = received
+            if "error" in message:
+                os.waitpid(pid, 0)
+                raise getattr(errors, message["error"], StartError)(message["message"], message["hint"])
+            master = fds[0]
+        _check_started(status, command, cwd, user)
+        if master >= 0:
+            set_nonblocking(master)
+            if os.isatty(0):
+                terminal = Terminal(0)
+                terminal.copy_size(master)
+            relay.inputs.append(Pump(own_description(0, os.O_RDONLY), os.dup(master)))
+            relay.outputs.append(Pump(master, own_description(1, os.O_WRONLY)))
+        return _loop(pid, relay, wake, terminal, master)
+    finally:
+        if terminal is not None:
+            terminal.restore()
+
+
+def _check_started(status: int, command: tuple[str, ...], cwd: str, user: str) -> None:
+    reader = StatusReader("exec")
+    while True:
+        data = os.read(status, 4096)
+        for record in reader.feed(data):
+            if isinstance(record, StepFailed):
+                raise init_shim.failure(record, command, cwd=cwd, user=user)
+        if not data:
+            return
+
+
+def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: int) -> int:
+    ended = os.pidfd_open(pid)
+    running = True
+    while running or relay.outputs_open():
+        poll = select.poll()
+        waiting = relay.register(poll)
+        poll.register(wake, select.POLLIN)
+        if running:
+            poll.register(ended, select.POLLIN)
+        for fd, _ in poll.poll():
+            if fd in waiting:
+                waiting[fd].move()
+            elif fd == ended:
+                running = False
+                status = os.waitpid(pid, 0)[1]
+                relay.stop_input()
+            elif fd == wake:
+                for signum in os.read(wake, 4096):
+                    if signum == signal.SIGWINCH and terminal is not None:
+                        terminal.copy_size(master)
+                    elif running:
+                        _pass_on(pid, signum)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def _pass_on(pid: int, signum: int) -> None:
+    try:
+        os.kill(pid, signum)
+    except OSError as e:
+        if e.errno != errno.ESRCH:
+            raise

@@ -1,0 +1,321 @@
+"""JobSpec: what the user asks for, as one frozen object. Flags, TOML and Python all end here.
+
+Everything that can be refused without touching the machine is refused while a spec is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+from imgrun.errors import SpecError
+from imgrun.isolation.cgroup_limits import IoMax, Limits
+from imgrun.isolation.limits import Rlimit, parse_rlimit
+from imgrun.units import format_cpu_list, parse_cpu_list, parse_duration, parse_size
+
+RootMode = Literal["overlay", "writable", "read-only"]
+Userns = Literal["auto", "off"]
+Init = Literal["shim", "none", "image"]
+Network = Literal["host", "none"]
+Seccomp = Literal["off", "default"]
+Pmu = Literal["auto", "off", "require"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "root": ("overlay", "writable", "read-only"),
+    "userns": ("auto", "off"),
+    "init": ("shim", "none", "image"),
+    "network": ("host", "none"),
+    "seccomp": ("off", "default"),
+}
+LIMIT_KEYS = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "io_max", "time_limit", "rlimits")
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+RESERVED_TARGETS = ("/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/mqueue", "/dev/imgrun")
+
+
+class Mount(NamedTuple):
+    """One mount the user asks for. ``src`` is a host path (bind, image); ``size`` is bytes (tmpfs)."""
+
+    type: Literal["bind", "tmpfs", "image"]
+    dst: str
+    src: str = ""
+    ro: bool = False
+    idmap: bool = False
+    size: int | None = None
+    partition: str | None = None
+
+    def describe(self) -> str:
+        if self.type == "tmpfs":
+            return f"tmpfs at {self.dst}"
+        kind = "image " if self.type == "image" else ""
+        return f"{kind}{self.src} at {self.dst}{' read-only' if self.ro else ''}{' id-mapped' if self.idmap else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """What is to run, in what, with what.
+
+    Sizes are bytes or text such as ``"2G"`` (binary units); durations are seconds or text such as ``"1h30m"``. After
+    construction every field has its plain form. Raises SpecError for anything malformed.
+    """
+
+    image: str
+    command: tuple[str, ...] = ()
+    # identity
+    name: str | None = None
+    hostname: str | None = None
+    user: str | None = None
+    workdir: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    # root
+    root: RootMode = "overlay"
+    partition: str | None = None
+    scratch_size: int | None = None
+    # storage
+    mounts: tuple[Mount, ...] = ()
+    # limits
+    memory: int | None = None
+    swap: int | None = None
+    cpus: float | None = None
+    cpu_weight: int | None = None
+    cpuset: str | None = None
+    pids: int | None = None
+    io_weight: int | None = None
+    io_max: tuple[IoMax, ...] = ()
+    time_limit: float | None = None
+    rlimits: tuple[Rlimit, ...] = ()
+    # isolation
+    userns: Userns = "auto"
+    init: Init = "shim"
+    network: Network = "host"
+    seccomp: Seccomp = "off"
+    # lifecycle
+    tty: bool = False
+    stop_signal: int = 15
+    stop_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        for key, value in _normalised(self).items():
+            object.__setattr__(self, key, value)
+
+    def limits(self) -> Limits:
+        """The part of the spec that cgroups enforce."""
+        return Limits(
+            memory=self.memory, swap=self.swap, cpus=self.cpus, cpu_weight=self.cpu_weight, cpuset=self.cpuset,
+            pids=self.pids, io_weight=self.io_weight, io_max=self.io_max,
+        )  # fmt: skip
+
+    def with_changes(self, **changes: Any) -> JobSpec:
+        """A copy with some fields changed, checked anew."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain form, for JSON. Fields at their default are left out."""
+        record: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value in (None, (), {}) or value == f.default:
+                continue
+            if f.name == "mounts":
+                value = [{k: v for k, v in m._asdict().items() if v not in (None, "", False)} for m in value]
+            elif f.name in ("io_max", "rlimits"):
+                value = [m._asdict() for m in value]
+            elif f.name == "env":
+                value = dict(value)
+            record[f.name] = list(value) if isinstance(value, tuple) else value
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> JobSpec:
+        """The inverse of :meth:`to_dict`."""
+        known = dict(record)
+        known["mounts"] = tuple(Mount(**m) for m in known.get("mounts", ()))
+        known["io_max"] = tuple(IoMax(**m) for m in known.get("io_max", ()))
+        known["rlimits"] = tuple(Rlimit(**m) for m in known.get("rlimits", ()))
+        return cls(**known)
+
+
+def _normalised(spec: JobSpec) -> dict[str, Any]:
+    """Every field in its plain form; SpecError for the first that has none."""
+    if not spec.image:
+        raise SpecError("no image given", "imgrun start IMAGE [--] COMMAND...")
+    for key, choices in CHOICES.items():
+        if getattr(spec, key) not in choices:
+            raise SpecError(f"{key} is {getattr(spec, key)!r}", f"choose one of: {', '.join(choices)}")
+    command = (spec.command,) if isinstance(spec.command, str) else tuple(spec.command)
+    if not command and spec.init != "image":
+        raise SpecError("no command given", "imgrun start IMAGE [--] COMMAND...")
+    if command and spec.init == "image":
+        raise SpecError("--init image runs the image's own init, and a command was given", "leave one of them out")
+    if spec.scratch_size is not None and spec.root == "writable":
+        raise SpecError("--scratch-size bounds writes to the scratch, and --writable writes into the image", "drop one")
+    if any("\0" in word for word in command):
+        raise SpecError("the command holds a NUL byte", "remove it")
+    changes: dict[str, Any] = {
+        "image": os.path.abspath(os.path.expanduser(spec.image)),
+        "command": command,
+        "env": dict(_checked_env(spec.env)),
+        "mounts": _checked_mounts(spec.mounts),
+        "partition": None if spec.partition is None else str(spec.partition),
+    }
+    for key in ("memory", "swap", "scratch_size"):
+        value = getattr(spec, key)
+        changes[key] = None if value is None else _size(value, key.replace("_", "-"))
+    if spec.memory is not None and changes["memory"] < 1 << 20:
+        raise SpecError(f"memory is {changes['memory']} bytes", "give at least 1M; units are K, M, G, T")
+    if spec.scratch_size is not None and changes["scratch_size"] < 4 << 20:
+        raise SpecError(f"scratch-size is {changes['scratch_size']} bytes", "give at least 4M")
+    for key in ("time_limit", "stop_timeout"):
+        value = getattr(spec, key)
+        changes[key] = None if value is None else parse_duration(str(value), key.replace("_", "-"))
+    changes["cpus"] = _number(spec.cpus, "cpus", 0.01, 100000.0, float)
+    changes["cpu_weight"] = _number(spec.cpu_weight, "cpu-weight", 1, 10000, int)
+    changes["io_weight"] = _number(spec.io_weight, "io-weight", 1, 10000, int)
+    changes["pids"] = _number(spec.pids, "pids", 1, 4 << 20, int)
+    changes["cpuset"] = None if spec.cpuset is None else format_cpu_list(parse_cpu_list(str(spec.cpuset), "cpuset"))
+    changes["rlimits"] = tuple(parse_rlimit(r) if isinstance(r, str) else r for r in spec.rlimits)
+    if spec.name is not None:
+        changes["name"] = _checked_name(spec.name, "name", 64)
+    if spec.hostname is not None:
+        changes["hostname"] = _checked_name(spec.hostname, "hostname", 63)
+    if spec.workdir is not None and not spec.workdir.startswith("/"):
+        raise SpecError(f"workdir {spec.workdir!r} is not absolute", "give the path inside the image, from /")
+    return changes
+
+
+def _size(value: int | str, what: str) -> int:
+    if isinstance(value, int) and value >= 0:
+        return value
+    return parse_size(str(value), what)
+
+
+def _number(value: Any, what: str, low: float, high: float, kind: type[int] | type[float]) -> Any:
+    if value is None:
+        return None
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}") from None
+    if not low <= number <= high:
+        raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}")
+    return number
+
+
+def _checked_name(name: str, what: str, longest: int) -> str:
+    if not name or len(name) > longest or name[0] in ".-" or not NAME_CHARACTERS.issuperset(name):
+        raise SpecError(
+            f"{what} {name!r} is not usable",
+            f"use letters, digits, '_', '.', '-', not beginning with '.' or '-', at most {longest} characters",
+        )
+    return name
+
+
+def _checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    for key, value in env.items():
+        if not key or "=" in key or "\0" in key or "\0" in value:
+            raise SpecError(f"environment variable {key!r} is not usable", "give NAME=VALUE without NUL bytes")
+        yield key, str(value)
+
+
+def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    checked = []
+    for mount in mounts:
+        target = mount.dst
+        if not target.startswith("/") or "\0" in target or ".." in target.split("/"):
+            raise SpecError(f"mount target {target!r} is not an absolute path", "give the path inside the image, from /")
+        target = os.path.normpath(target)
+        if target in RESERVED_TARGETS or target.startswith(("/proc/", "/sys/", "/dev/imgrun/", "/dev/pts/")):
+            raise SpecError(f"mount target {target!r} is imgrun's own", "choose another target")
+        if any(target == other.dst for other in checked):
+            raise SpecError(f"two mounts have the target {target!r}", "remove one")
+        source = mount.src
+        if mount.type == "tmpfs":
+            if source:
+                raise SpecError(f"the tmpfs at {target!r} has a source", "a tmpfs starts empty: drop src")
+        elif not source:
+            raise SpecError(f"the {mount.type} mount at {target!r} has no source", "give src=PATH")
+        else:
+            source = os.path.abspath(os.path.expanduser(source))
+        checked.append(mount._replace(dst=target, src=source))
+    return tuple(checked)
+
+
+def parse_bind(text: str) -> Mount:
+    """``SRC:DST[:OPTIONS]`` or ``SRC`` (then at the same path); options ``ro``, ``rw``, ``idmap``, comma-separated."""
+    parts = text.split(":")
+    if not 1 <= len(parts) <= 3 or not parts[0]:
+        raise SpecError(f"bind {text!r} is malformed", "give SRC:DST[:ro]; for a path with ':' use --mount")
+    destination = parts[1] if len(parts) > 1 else os.path.abspath(parts[0])
+    options = set(parts[2].split(",")) if len(parts) > 2 else set()
+    if unknown := options - {"ro", "rw", "idmap"}:
+        raise SpecError(f"bind {text!r} has an unknown option {min(unknown)!r}", "the options are ro, rw, idmap")
+    if {"ro", "rw"} <= options:
+        raise SpecError(f"bind {text!r} is both ro and rw", "choose one")
+    return Mount("bind", destination, parts[0], ro="ro" in options, idmap="idmap" in options)
+
+
+def parse_tmpfs(text: str) -> Mount:
+    """``DST[:SIZE]``; ``size=SIZE`` is understood as well."""
+    target, _, size = text.partition(":")
+    size = size.removeprefix("size=")
+    return Mount("tmpfs", target, size=parse_size(size, f"size of the tmpfs at {target}") if size else None)
+
+
+def parse_mount(text: str) -> Mount:
+    """``type=bind,src=..,dst=..,ro,idmap``, ``type=tmpfs,dst=..,size=..``, ``type=image,src=..,dst=..``."""
+    record: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        record[key.strip()] = value if equals else True
+    return mount_from_dict(record, f"mount {text!r}")
+
+
+def parse_io_max(text: str) -> IoMax:
+    """``DEVICE:rbps=10M,wbps=5M,riops=100,wiops=100``, any of the four."""
+    device, colon, rates = text.rpartition(":")
+    given: dict[str, int] = {}
+    for part in rates.split(","):
+        key, equals, value = part.partition("=")
+        if not colon or not equals or key not in IoMax._fields[1:]:
+            raise SpecError(f"io-max {text!r} is malformed", "give DEVICE:rbps=10M,wbps=5M,riops=100,wiops=100")
+        given[key] = parse_size(value, f"io-max {key}")
+    return IoMax(device, **given)
+
+
+ALIASES = {"source": "src", "destination": "dst", "target": "dst", "readonly": "ro"}
+ALLOWED = {
+    "bind": {"type", "src", "dst", "ro", "idmap"},
+    "tmpfs": {"type", "dst", "size"},
+    "image": {"type", "src", "dst", "partition"},
+}
+
+
+def mount_from_dict(record: Mapping[str, Any], what: str) -> Mount:
+    """One mount from a flag's or a file's keys. Raises SpecError naming ``what``."""
+    keys = {ALIASES.get(k, k): v for k, v in record.items()}
+    kind = keys.get("type", "bind")
+    if kind not in ALLOWED:
+        raise SpecError(f"{what}: unknown type {kind!r}", "the types are bind, tmpfs, image")
+    if unknown := set(keys) - ALLOWED[kind]:
+        raise SpecError(f"{what}: unknown key {min(unknown)!r}", f"a {kind} mount has {', '.join(sorted(ALLOWED[kind]))}")
+    if not isinstance(keys.get("dst"), str):
+        raise SpecError(f"{what}: no target", "give dst=PATH")
+    for flag in ("ro", "idmap"):
+        if flag in keys:
+            keys[flag] = _flag(keys[flag], f"{what}: {flag}")
+    if "size" in keys:
+        keys["size"] = _size(keys["size"], f"{what}: size")
+    if "partition" in keys:
+        keys["partition"] = str(keys["partition"])
+    return Mount(**{**keys, "type": kind, "ro": keys.get("ro", False) or kind == "image"})
+
+
+def _flag(value: Any, what: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("true", "1", "yes"):
+        return True
+    if value in ("false", "0", "no"):
+        return False
+    raise SpecError(f"{what} is {value!r}", "give true or false")

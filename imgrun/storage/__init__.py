@@ -1,0 +1,1 @@
+"""Images and scratch space: what files hold, and how they become mounts."""
