@@ -77,7 +77,8 @@ def listen(path: str) -> _socket.socket:
 
 
 def accept(sock: _socket.socket) -> Channel:
-    fd, _ = sock._accept()
+    raw: Any = sock  # the type stubs leave out what socket.accept is made of
+    fd, _ = raw._accept()
     return Channel.from_fd(fd)
 
 

@@ -25,6 +25,7 @@ def describe(spec: JobSpec) -> list[str]:
         kinds.insert(0, "user")
     if spec.network != "host":
         kinds.append("network")
+    what = " ".join(spec.command) or "the init of the image"
     return [
         f"supervisor: lock {spec.image} ({'exclusive' if spec.root == 'writable' else 'shared'})",
         f"supervisor: make the job's cgroup directories; limits: {' '.join(asked) or 'none'}",
@@ -34,8 +35,7 @@ def describe(spec: JobSpec) -> list[str]:
         *plan.lines()[len(plan.sources) :],
         f"job: set hostname {hostname}, drop capabilities, set no_new_privs"
         + (", load the system call filter" if spec.seccomp == "default" else ""),
-        f"job: execute {' '.join(spec.command) or 'the init of the image'} as {spec.user or 'root'}"
-        f" in {spec.workdir or '/'} under {spec.init}",
+        f"job: execute {what} as {spec.user or 'root'} in {spec.workdir or '/'}, with --init {spec.init}",
     ]
 
 

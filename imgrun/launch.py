@@ -17,7 +17,7 @@ from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, security, userns
 from imgrun.isolation.cgroup import JobCgroup
 from imgrun.isolation.child import Setup, become_init
-from imgrun.isolation.sources import Bind, IdMapUnsupported, RootImage, ScratchDir, Shim, Source
+from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source
 from imgrun.isolation.userns import HeldMap, IdMap
 from imgrun.plan import Plan, build_plan
 from imgrun.result import Usage
@@ -193,7 +193,8 @@ class Launch:
 
     def spawn(self, stdio: tuple[int, ...], status: int) -> None:
         """Make the job's namespaces with its first process, which waits for :meth:`hand_over`."""
-        assert self.plan is not None and self._cgroup is not None
+        assert self.plan is not None
+        assert self._cgroup is not None
         self.channel, theirs = Channel.pair()
         self._undo.append(self.channel.close)
         own_network = self.spec.network != "host"

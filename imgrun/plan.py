@@ -6,7 +6,7 @@ One plan serves execution, ``--dry-run`` and the debug log.
 from __future__ import annotations
 
 from imgrun.isolation import mounts as m
-from imgrun.isolation.sources import Bind, OtherImage, Source
+from imgrun.isolation.sources import Bind, HostSys, OtherImage, Source
 from imgrun.spec import JobSpec
 
 
@@ -48,7 +48,7 @@ def build_plan(
 ) -> Plan:
     """The plan for ``spec``. ``owner`` is the host's ids of the job's user, for id-mapped binds."""
     own_network = spec.network != "host"
-    sources = list(base_sources)
+    sources = [*base_sources, HostSys()]
     ops: list[m.Operation] = [m.Isolate(), m.Scratch()]
     ops.append(m.Root() if spec.root == "writable" else m.Overlay())
     ops += [m.Proc(), m.Sys(own_network), m.CgroupView(cgroup_views, writable=spec.init == "image"), m.Dev()]

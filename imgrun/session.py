@@ -194,7 +194,7 @@ def _check_started(status: int, command: tuple[str, ...], cwd: str, user: str) -
 
 def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: int) -> int:
     ended = os.pidfd_open(pid)
-    running = True
+    running, status = True, 0
     while running or relay.outputs_open():
         poll = select.poll()
         waiting = relay.register(poll)

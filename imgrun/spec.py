@@ -143,7 +143,8 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
     for key, choices in CHOICES.items():
         if getattr(spec, key) not in choices:
             raise SpecError(f"{key} is {getattr(spec, key)!r}", f"choose one of: {', '.join(choices)}")
-    command = (spec.command,) if isinstance(spec.command, str) else tuple(spec.command)
+    given: Any = spec.command
+    command = (given,) if isinstance(given, str) else tuple(given)
     if not command and spec.init != "image":
         raise SpecError("no command given", "imgrun start IMAGE [--] COMMAND...")
     if command and spec.init == "image":
@@ -174,7 +175,8 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
     changes["io_weight"] = _number(spec.io_weight, "io-weight", 1, 10000, int)
     changes["pids"] = _number(spec.pids, "pids", 1, 4 << 20, int)
     changes["cpuset"] = None if spec.cpuset is None else format_cpu_list(parse_cpu_list(str(spec.cpuset), "cpuset"))
-    changes["rlimits"] = tuple(parse_rlimit(r) if isinstance(r, str) else r for r in spec.rlimits)
+    rlimits: Any = spec.rlimits
+    changes["rlimits"] = tuple(parse_rlimit(r) if isinstance(r, str) else r for r in rlimits)
     if spec.name is not None:
         changes["name"] = _checked_name(spec.name, "name", 64)
     if spec.hostname is not None:
@@ -184,7 +186,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
     return changes
 
 
-def _size(value: int | str, what: str) -> int:
+def _size(value: Any, what: str) -> int:
     if isinstance(value, int) and value >= 0:
         return value
     return parse_size(str(value), what)
@@ -219,7 +221,7 @@ def _checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
-    checked = []
+    checked: list[Mount] = []
     for mount in mounts:
         target = mount.dst
         if not target.startswith("/") or "\0" in target or ".." in target.split("/"):

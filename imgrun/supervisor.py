@@ -50,13 +50,15 @@ class Stdio:
 class Supervisor:
     """Runs one job from spec to result."""
 
-    def __init__(self, job: JobDir, spec: JobSpec, stdio: Stdio, *, on_started: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, job: JobDir, spec: JobSpec, stdio: Stdio, *, on_started: Callable[[], None] | None = None
+    ) -> None:
         self.job = job
         self.spec = spec
         self.stdio = stdio
         self.relay = Relay()
         self._on_started = on_started
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._records: list[Record] = []
         self._started_at: str | None = None
         self._began = time.monotonic()
@@ -88,7 +90,8 @@ class Supervisor:
         finally:
             self._clean_up()
         self.job.write("result.json", result.to_dict())
-        self.job.write("state.json", {"state": "finished", "reason": result.reason, "finished_at": result.finished_at})
+        last = {"state": "finished", "reason": result.reason, "finished_at": result.finished_at}
+        self.job.write("state.json", self.job.read("state.json") | last)
         return result
 
     def _catch_signals(self) -> None:
@@ -104,7 +107,7 @@ class Supervisor:
         for signum in (signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(signum, signal.SIG_IGN)
 
-    def _later(self, undo: Callable[[], None]) -> None:
+    def _later(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
 
     def _clean_up(self) -> None:
@@ -406,7 +409,8 @@ class Supervisor:
         if reason == "memory-limit":
             message, hint = launch.memory_verdict(usage)
         elif reason == "time-limit":
-            message, hint = f"the job ran into its time limit of {self.spec.time_limit:g} s", "give a larger --time-limit"
+            message = f"the job ran into its time limit of {self.spec.time_limit:g} s"
+            hint = "give a larger --time-limit"
         return self._record(reason, exit_code, signum, message, hint, usage)
 
     def _how_it_ended(self) -> tuple[int | None, int | None, str | None]:

@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from imgrun.native import _syscalls
+from imgrun.native._syscalls import ffi, lib  # type: ignore[import-not-found,unused-ignore]
 
-_lib: Any = _syscalls.lib
-_ffi: Any = _syscalls.ffi
+_lib: Any = lib
+_ffi: Any = ffi
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -153,8 +153,8 @@ def fsmount(fd: int, attributes: int = 0) -> int:
 
 
 def fs_messages(fd: int) -> list[str]:
-    """What the kernel says about a file system context that refused: its lines, without the 'e ' or 'w ' before them."""
-    lines = []
+    """What the kernel says about a file system context that refused, without the 'e ' or 'w ' before each line."""
+    lines: list[str] = []
     while True:
         try:
             line = os.read(fd, 4096)

@@ -62,6 +62,11 @@ def cli(debug: bool) -> None:
         os.environ["IMGRUN_DEBUG"] = "1"
 
 
+def command_words(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A command as given after an image or a job, where ``--`` may stand before it."""
+    return words[1:] if words[:1] == ("--",) else words
+
+
 def report(error: ImgrunError) -> None:
     """The one way errors reach people: a line that says what is wrong, and one that says what to do."""
     print(f"imgrun: {error.message}", file=sys.stderr)

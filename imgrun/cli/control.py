@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import click
 
+from imgrun.cli import command_words
 from imgrun.errors import ImgrunError
 from imgrun.job import Job
 from imgrun.signals import parse_signal
@@ -32,7 +33,7 @@ def exec_command(
     from imgrun.session import execute
 
     status = execute(
-        Job.find(job), command, user=user, workdir=workdir, env=parse_environment(env, ()), tty=tty, stdin=interactive
+        Job.find(job), command_words(command), user=user, workdir=workdir, env=parse_environment(env, ()), tty=tty, stdin=interactive
     )
     raise click.exceptions.Exit(status)
 

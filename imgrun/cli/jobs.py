@@ -32,7 +32,7 @@ def ps(everything: bool, quiet: bool, as_json: bool) -> None:
         for record in shown:
             print(record["id"])
     else:
-        rows = [("ID", "NAME", "STATE", "SINCE", "IMAGE", "COMMAND")]
+        rows: list[tuple[str, ...]] = [("ID", "NAME", "STATE", "SINCE", "IMAGE", "COMMAND")]
         rows += [_row(record) for record in shown]
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         for row in rows:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import click
 
+from imgrun.cli import command_words
 from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def group(title: str, *options: Any) -> Any:
-    """Add several options to a command; ``title`` is for the reader of this file."""
 
-    def decorate(function: Any) -> Any:
-        for option in reversed(options):
-            function = option(function)
+def group(_title: str, *options: Callable[[F], F]) -> Callable[[F], F]:
+    """Add several options to a command; the title is for the reader of this file."""
+
+    def decorate(function: F) -> F:
+        for add in reversed(options):
+            function = add(function)
         return function
 
     return decorate
@@ -101,8 +105,7 @@ def start(**flags: Any) -> NoReturn:
     The exit status is the command's own; 128+N when signal N killed it; 124 when the time limit ended it; 137 when
     memory did; 125, 126 and 127 for imgrun's own failures, a command that cannot be executed, and one that is not there.
     """
-    if flags["command"][:1] == ("--",):
-        flags["command"] = flags["command"][1:]
+    flags["command"] = command_words(flags["command"])
     spec = spec_from_flags(flags)
     if flags["dry_run"]:
         from imgrun.dry_run import describe

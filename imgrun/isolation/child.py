@@ -38,7 +38,7 @@ class Setup(NamedTuple):
     own_network: bool
     join: tuple[int, ...]
     """v1 ``tasks`` files: writing 0 moves the writer, without the lock that moving another process takes."""
-    stdio: tuple[int, int, int]
+    stdio: tuple[int, ...]
     tty: bool
     status: int
     argv: list[str]

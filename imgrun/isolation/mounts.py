@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import Any
 
 from imgrun import syscalls as sc
 from imgrun.errors import ImgrunError, SpecError, StartError
@@ -291,28 +290,27 @@ class Proc(Operation):
 
 
 class Sys(Operation):
-    """/sys, read-only: of the job's own network namespace when it has one, else the host's."""
+    """/sys, read-only: of the job's own network namespace when it has one, else the host's, without what is mounted there."""
 
     def __init__(self, own_network: bool) -> None:
         self.own_network = own_network
 
     def describe(self) -> str:
-        return f"attach {'a sysfs of its own' if self.own_network else 'the host' + chr(39) + 's /sys'} read-only at /sys"
+        whose = "a sysfs of its own network" if self.own_network else "the host's sysfs"
+        return f"attach {whose}, read-only, at /sys"
 
     def execute(self, ctx: Context) -> None:
         attributes = NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC | sc.MOUNT_ATTR_RDONLY
-        mount = -1
+        mount = ctx.fds["sys"]
         if self.own_network:
             try:
                 mount = new_filesystem("sysfs", {}, attributes)
             except PermissionError:
                 # The kernel gives a new sysfs only where the old one is not partly hidden (mount_too_revealing).
-                mount = -1
-        if mount < 0:
-            mount = sc.open_tree("/sys", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+                pass
+        if mount == ctx.fds["sys"]:
             sc.mount_setattr(mount, set=attributes, recursive=True)
         attach(ctx, mount, "/sys")
-        os.close(mount)
 
 
 class CgroupView(Operation):
@@ -334,6 +332,7 @@ class CgroupView(Operation):
         attributes = NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC
         if not self.writable:
             attributes |= sc.MOUNT_ATTR_RDONLY
+        base = -1
         if [name for name, _ in self.views] != [""]:
             base = tmpfs(1 << 16, 0o755, NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC)
             attach(ctx, base, "/sys/fs/cgroup")
@@ -344,7 +343,7 @@ class CgroupView(Operation):
             sc.mount_setattr(mount, set=attributes)
             attach(ctx, mount, f"/sys/fs/cgroup/{name}")
             os.close(mount)
-        if [name for name, _ in self.views] != [""]:
+        if base >= 0:
             sc.mount_setattr(base, set=sc.MOUNT_ATTR_RDONLY)
             os.close(base)
 

@@ -110,6 +110,25 @@ class Shim(Source):
         return mount
 
 
+class HostSys(Source):
+    """The host's sysfs alone: where the caller may, without the cgroup and debug file systems mounted in it."""
+
+    def __init__(self) -> None:
+        super().__init__("sys")
+
+    def describe(self) -> str:
+        return "clone the host's /sys"
+
+    def open(self, userns_fd: int | None) -> int:
+        try:
+            return sc.open_tree("/sys", sc.OPEN_TREE_CLONE)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            # In a user namespace what is mounted on it may not be taken off.
+            return sc.open_tree("/sys", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+
+
 class Bind(Source):
     """A host file or directory, with everything mounted below it."""
 

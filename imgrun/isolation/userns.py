@@ -23,14 +23,14 @@ SUBID_USER = "imgrun"
 
 
 class IdRange(NamedTuple):
-    """``count`` ids from ``inside`` on in the job are those from ``outside`` on in the parent namespace."""
+    """``size`` ids from ``inside`` on in the job are those from ``outside`` on in the parent namespace."""
 
     inside: int
     outside: int
-    count: int
+    size: int
 
     def __str__(self) -> str:
-        return f"{self.inside} {self.outside} {self.count}"
+        return f"{self.inside} {self.outside} {self.size}"
 
 
 class IdMap(NamedTuple):
@@ -42,8 +42,8 @@ class IdMap(NamedTuple):
 
     def describe(self) -> str:
         first = self.uids[0]
-        last = first.inside + first.count - 1
-        return f"ids {first.inside}-{last} are the host's {first.outside}-{first.outside + first.count - 1}"
+        last = first.inside + first.size - 1
+        return f"ids {first.inside}-{last} are the host's {first.outside}-{first.outside + first.size - 1}"
 
     def outside_uid(self, inside: int) -> int | None:
         """The host's uid for a uid of the job; None when it is not mapped."""
@@ -55,7 +55,7 @@ class IdMap(NamedTuple):
 
 def _outside(ranges: tuple[IdRange, ...], inside: int) -> int | None:
     for r in ranges:
-        if r.inside <= inside < r.inside + r.count:
+        if r.inside <= inside < r.inside + r.size:
             return r.outside + inside - r.inside
     return None
 

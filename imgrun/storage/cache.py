@@ -44,7 +44,8 @@ def key(recipe: Recipe) -> str:
         _LAYOUT, platform.machine(), os.environ.get("SOURCE_DATE_EPOCH"), sorted(recipe.packages), repos,
         source._replace(repos=""),
     ]  # fmt: skip
-    return f"{recipe.name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return f"{source.type}-{source.release}-{digest}"
 
 
 def base(

@@ -97,9 +97,17 @@ class Recipe(NamedTuple):
     files: tuple[FileEntry, ...]
     remove: tuple[str, ...]
 
-    def with_image(self, **changes: object) -> Recipe:
-        """This recipe with other image options, checked as if the file said them. Raises SpecError."""
-        image = self.image._replace(**cast(Any, changes))
+    def with_image(self, *, format: str = "", size: str = "", table: str = "") -> Recipe:
+        """This recipe with other image options, as the recipe would say them; empty ones stay. Raises SpecError.
+
+        A format without a size or label of its own drops the recipe's.
+        """
+        image = self.image
+        if format in _COMPRESSED and format != image.format:
+            image = image._replace(size=None, label="")
+        image = image._replace(format=format or image.format, table=table or image.table)
+        if size:
+            image = image._replace(size=None if size == "auto" else parse_size(size, "size"))
         _check_image(_Table(self.origin, "image", {}), image)
         return self._replace(image=image)
 

@@ -38,6 +38,7 @@ class Scratch:
         self._format: _Format | None = None
         self._image = -1
         self._device: loop.Device | None = None
+        self._unused = 0
 
     @classmethod
     def create(cls, path: str, size: int | None = None) -> Scratch:
@@ -59,6 +60,7 @@ class Scratch:
         try:
             if size is None:
                 _make_directories(directory, path)
+                scratch._unused = trees.disk_usage(directory) or 0
             else:
                 scratch._begin(size // BLOCK * BLOCK)
         except BaseException:
@@ -79,7 +81,8 @@ class Scratch:
             "ext4", self._device.source, OPTIONS, read_only=False, name=f"{self.path}/{FILE}", hint=lambda: "see dmesg"
         )
         try:
-            _make_directories(root, self.path)
+            if _make_directories(root, self.path):
+                self._unused = _occupied(root)
         except BaseException:
             os.close(root)
             raise
@@ -88,13 +91,13 @@ class Scratch:
     def used(self) -> int | None:
         """The bytes that the job's files occupy; None when there are too many of them to count in a second."""
         if self.size is None:
-            return trees.disk_usage(self._directory)
+            occupied = trees.disk_usage(self._directory)
+            return None if occupied is None else max(occupied - self._unused, 0)
         if self._device is None:
             return 0
         root = self.mount()
         try:
-            space = os.statvfs(root)
-            return (space.f_blocks - space.f_bfree) * space.f_frsize
+            return max(_occupied(root) - self._unused, 0)
         finally:
             os.close(root)
 
@@ -205,7 +208,14 @@ class _Format:
         self._memory = self._messages = -1
 
 
-def _make_directories(fd: int, path: str) -> None:
+def _occupied(root: int) -> int:
+    space = os.fstatvfs(root)
+    return (space.f_blocks - space.f_bfree) * space.f_frsize
+
+
+def _make_directories(fd: int, path: str) -> bool:
+    """Make those that are missing; whether any was."""
+    made = False
     try:
         for name, mode in DIRECTORIES:
             try:
@@ -214,6 +224,8 @@ def _make_directories(fd: int, path: str) -> None:
                 continue
             # mkdir(2) is subject to the umask.
             os.chmod(name, mode, dir_fd=fd)
+            made = True
+        return made
     except OSError as e:
         raise _failed(e, path) from e
 
