@@ -12,6 +12,7 @@ from imgrun.errors import ImgrunError, JobStateError
 from imgrun.result import Result, Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
+from imgrun.storage.trees import remove_tree
 
 
 class Job:
@@ -218,8 +219,6 @@ class Job:
 
 def finish(job: JobDir, *, keep: bool) -> None:
     """The last act of a supervisor: the scratch goes; the record too unless it is to be kept."""
-    from imgrun.state import remove_tree
-
     if keep:
         remove_tree(f"{job.path}/scratch")
         try:

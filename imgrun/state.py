@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from imgrun.errors import HostError, ImgrunError, JobNotFound, NameInUse, NoSpace, PrivilegeError
+from imgrun.storage.trees import remove_tree
 
 ID_BYTES = 6
 
@@ -123,25 +124,6 @@ class JobDir:
             except OSError:
                 pass
         remove_tree(self.path)
-
-
-def remove_tree(path: str) -> None:
-    """Remove a directory that a job may have filled with anything, never following a link."""
-    if not os.path.lexists(path):
-        return
-    import shutil
-
-    if not shutil.rmtree.avoids_symlink_attacks:  # pragma: no cover - Linux has openat and unlinkat
-        raise HostError(f"cannot remove {path} safely on this system", "remove it by hand")
-    failures: list[BaseException] = []
-
-    def note(_function: object, _path: str, info: Any) -> None:
-        if not isinstance(info[1], FileNotFoundError):
-            failures.append(info[1])
-
-    shutil.rmtree(path, onerror=note)
-    if failures and os.path.lexists(path):
-        raise HostError(f"could not remove {path}: {failures[0]}", "remove it by hand, then run 'imgrun gc'")
 
 
 class StateRoot:

@@ -94,6 +94,11 @@ def clone(flags: int, cgroup_fd: int = -1) -> int:
     return _checked(_lib.ig_clone(flags, cgroup_fd))
 
 
+def userns_holder() -> int:
+    """A process in a new user namespace that does nothing until it is killed or we die. Its caller kills and reaps it."""
+    return _checked(_lib.ig_userns_holder())
+
+
 def unshare(flags: int) -> None:
     _checked(_lib.ig_unshare(flags))
 

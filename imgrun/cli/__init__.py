@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -76,6 +77,8 @@ def report(error: ImgrunError) -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
+    # A short life makes little garbage; collecting it would touch, and so copy, pages shared with the job's first process.
+    gc.disable()
     _open_missing_stdio()
     status: Any = 0
     try:

@@ -12,10 +12,16 @@ from imgrun.isolation import cgroup_fs as fs
 def subtree(directory: str) -> list[str]:
     """``directory`` and all below it, children before parents. Symbolic links are not followed."""
     try:
-        with os.scandir(directory) as entries:
-            children = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return []
+    try:
+        with os.scandir(fd) as entries:
+            children = [f"{directory}/{entry.name}" for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        children = []
+    finally:
+        os.close(fd)
     return [path for child in children for path in subtree(child)] + [directory]
 
 

@@ -32,10 +32,7 @@ def spawn(flags: int, child: Callable[[], None], cgroup_fd: int = -1) -> int:
     try:
         pid = sc.clone(flags, cgroup_fd)
     except OSError as e:
-        raise HostError(
-            f"the kernel refused new namespaces: {e.strerror}",
-            "look at user.max_user_namespaces and its like in /proc/sys/user; 'imgrun doctor' checks them",
-        ) from e
+        raise _refused(e) from e
     if pid:
         return pid
     try:
@@ -44,23 +41,24 @@ def spawn(flags: int, child: Callable[[], None], cgroup_fd: int = -1) -> int:
         os._exit(125)
 
 
+def _refused(e: OSError) -> HostError:
+    return HostError(
+        f"the kernel refused new namespaces: {e.strerror}",
+        "look at user.max_user_namespaces and its like in /proc/sys/user; 'imgrun doctor' checks them",
+    )
+
+
 def userns_descriptor(ids: IdMap) -> int:
     """A user namespace with this map and no process in it, for id-mapped mounts (mount_setattr(2))."""
-    ready, hold = os.pipe()
-
-    def wait_for_end() -> None:
-        os.close(hold)
-        sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.read(ready, 1)
-        os._exit(0)
-
-    pid = spawn(sc.CLONE_NEWUSER, wait_for_end)
+    try:
+        pid = sc.userns_holder()
+    except OSError as e:
+        raise _refused(e) from e
     try:
         write_maps(pid, ids)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(ready)
-        os.close(hold)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 

@@ -10,6 +10,7 @@ ffibuilder = FFI()
 ffibuilder.cdef(
     """
     long ig_clone(uint64_t flags, int cgroup_fd);
+    long ig_userns_holder(void);
     long ig_unshare(int flags);
     long ig_setns(int fd, int flags);
     long ig_pivot_root(const char *new_root, const char *put_old);
@@ -46,8 +47,11 @@ ffibuilder.cdef(
 ffibuilder.set_source(
     "imgrun.native._syscalls",
     r"""
+    #ifndef _GNU_SOURCE
     #define _GNU_SOURCE
+    #endif
     #include <errno.h>
+    #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
     #include <string.h>
@@ -59,6 +63,7 @@ ffibuilder.set_source(
     #include <linux/loop.h>
     #include <linux/mount.h>
     #include <linux/openat2.h>
+    #include <linux/prctl.h>
     #include <linux/sched.h>
 
     #define RESULT(call) do { long ig_r = (call); return ig_r < 0 ? -(long)errno : ig_r; } while (0)
@@ -74,6 +79,25 @@ ffibuilder.set_source(
             args.cgroup = (uint64_t)cgroup_fd;
         }
         RESULT(syscall(SYS_clone3, &args, sizeof args));
+    }
+
+    /* A process that only keeps a user namespace until it is killed, or its parent is. It shares our memory, so making it
+     * copies no page tables; none of its system calls fails, so it never touches the errno it shares with us. */
+    static char ig_holder_stack[4096] __attribute__((aligned(16)));
+
+    static int ig_holder(void *parent)
+    {
+        syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0);
+        while (syscall(SYS_getppid) == (long)parent)
+            syscall(SYS_ppoll, 0, 0, 0, 0, 0);
+        syscall(SYS_exit, 0);
+        return 0;
+    }
+
+    static long ig_userns_holder(void)
+    {
+        void *stack = ig_holder_stack + sizeof ig_holder_stack;
+        RESULT(clone(ig_holder, stack, CLONE_NEWUSER | CLONE_VM | SIGCHLD, (void *)(long)getpid()));
     }
 
     static long ig_unshare(int flags) { RESULT(syscall(SYS_unshare, flags)); }

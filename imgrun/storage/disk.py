@@ -45,6 +45,8 @@ def choose(fd: int, size: int, path: str, wanted: str | None, recognised: str) -
         roots = by_type(table, path)
         if len(roots) == 1:
             return Choice(table, _whole(roots[0], size, path))
+        for p in table.partitions:
+            _whole(p, size, path)
         table = with_contents(fd, table, size)
         if roots:
             raise several(table, path, roots, "root partitions")

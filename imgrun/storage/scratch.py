@@ -17,11 +17,14 @@ DIRECTORIES = (("upper", 0o755), ("work", 0o755), ("tmp", 0o1777), ("var-tmp", 0
 FILE = "scratch.img"
 SMALLEST = 1 << 20
 BLOCK = 4096
-FEATURES = "ext_attr,dir_index,filetype,extent,64bit,flex_bg,large_file,huge_file,dir_nlink,extra_isize,uninit_bg,sparse_super2"
+FEATURES = (
+    "none", "ext_attr", "dir_index", "filetype", "extent", "64bit", "flex_bg", "large_file", "huge_file", "dir_nlink",
+    "extra_isize", "uninit_bg", "sparse_super2",
+)  # fmt: skip
 # No journal, and nothing written that can wait or be left out: the file system does not outlive the host's next boot.
 FORMAT = (
     "-q", "-F", "-b", str(BLOCK), "-I", "256", "-G", "256", "-m", "0",
-    "-O", "none," + FEATURES,
+    "-O", ",".join(FEATURES),
     "-E", "nodiscard,lazy_itable_init=1,num_backup_sb=0",
 )  # fmt: skip
 OPTIONS: dict[str, str | None] = {"noinit_itable": None, "nobarrier": None, "errors": "remount-ro"}

@@ -30,16 +30,17 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="PID namespaces withou
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 EVERY_SIGNAL = range(1, 65)
-NEVER_FORWARDED = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD)
+# SIGCHLD is the shim's own business; 32 and 33 are glibc's, and no Python program can wait for them.
+NOT_FORWARDED = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, 32, 33)
 NOT_DEADLY = (
     signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH,
     signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU,
 )  # fmt: skip
-PATIENCE = 30.0
+PATIENCE = 10.0
 
 
 def block_signals() -> set[signal.Signals]:
-    return signal.pthread_sigmask(signal.SIG_BLOCK, EVERY_SIGNAL)
+    return signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 class Job:
@@ -282,8 +283,8 @@ def test_a_stopped_command_is_not_an_ended_one(start: Start) -> None:
 def test_every_signal_is_forwarded(start: Start) -> None:
     job = start(
         *python(
-            "import signal, os\n"
-            "every = set(range(1, 65)) - {9, 19}\n"
+            "import signal\n"
+            "every = signal.valid_signals() - {9, 19}\n"
             "signal.pthread_sigmask(signal.SIG_BLOCK, every)\n"
             "print('ready', flush=True)\n"
             "while True: print(int(signal.sigwaitinfo(every).si_signo), flush=True)\n"
@@ -292,7 +293,7 @@ def test_every_signal_is_forwarded(start: Start) -> None:
     job.started()
     assert job.line() == "ready"
     for number in EVERY_SIGNAL:
-        if number not in NEVER_FORWARDED:
+        if number not in NOT_FORWARDED:
             job.kill(number)
             assert job.line() == str(number)
 
@@ -347,9 +348,12 @@ def test_a_flood_of_sigchld_hides_no_end(start: Start) -> None:
     job = start("/bin/sh", "-c", "i=0; while [ $i -lt 300 ]; do (true) & i=$((i+1)); done; wait; exit 5")
     job.started()
     reaper = job.reaper()
-    while not select.select([job._status], [], [], 0)[0]:
-        for pid in (job.pid, reaper):
-            os.kill(pid, signal.SIGCHLD)
+    try:
+        while not select.select([job._status], [], [], 0)[0]:
+            for pid in (job.pid, reaper):
+                os.kill(pid, signal.SIGCHLD)
+    except ProcessLookupError:
+        pass  # the reaper has ended
     assert job.result() == [Exited(5)]
 
 
@@ -486,13 +490,12 @@ def test_nothing_but_the_standard_descriptors(start: Start) -> None:
             os.dup2(0, number, inheritable=True)
 
     job = start(
-        *python("import os; d = os.open('/proc/self/fd', 0); print(sorted(map(int, os.listdir(d))), d)\nos.read(0, 1)"),
+        *python("import os\nprint(os.listdir('/proc/self/fd'), flush=True)\nos.read(0, 1)"),
         prepare=clutter,
         stdin=(pipe := os.pipe())[0],
-        env={"PYTHONUNBUFFERED": "1"},
     )
     job.started()
-    assert job.line() == "[0, 1, 2, 3] 3" or job.read()
+    assert job.line() == "['0', '1', '2', '3']", "3 is what it lists them by"
     assert descriptors(job.reaper()) == [0, 1, 2]
     assert len(descriptors(job.pid)) == 1, "the anchor holds the status only"
     for fd in pipe:
@@ -514,9 +517,9 @@ def test_default_signals_and_an_empty_mask(start: Start) -> None:
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGUSR1, signal.SIGINT, 50):
             signal.signal(number, signal.SIG_IGN)
 
-    job = start("grep", "^Sig", "/proc/self/status", prepare=ignore)
+    job = start("cat", "/proc/self/status", prepare=ignore)
     job.started()
-    masks = dict(line.split(":\t") for line in job.read().splitlines())
+    masks = dict(line.split(":\t") for line in job.read().splitlines() if line.startswith("Sig"))
     assert {masks[key] for key in ("SigPnd", "SigBlk", "SigIgn", "SigCgt")} == {"0" * 16}
 
 
@@ -555,7 +558,9 @@ def test_terminal(start: Start) -> None:
 
 def test_terminal_resize_reaches_the_command(start: Start) -> None:
     master, slave = pty.openpty()
-    job = start("/bin/sh", "-c", "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done", tty=True, stdin=slave)
+    job = start(
+        "/bin/sh", "-c", "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done", tty=True, stdin=slave
+    )
     job.started()
     assert job.line() == "ready"
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
@@ -589,14 +594,16 @@ def test_rlimits_are_the_commands_alone(start: Start) -> None:
     limits = [Rlimit("nofile", 100, 200), Rlimit("core", 0, 0), Rlimit("nproc", 1, 1), Rlimit("cpu", 5, None)]
     job = start("sleep", "100", rlimits=limits, uid=1234)
     job.started()
-    own = resource.getrlimit(resource.RLIMIT_NOFILE)
-    command = job.command()
-    assert resource.prlimit(command, resource.RLIMIT_NOFILE) == (100, 200)
-    assert resource.prlimit(command, resource.RLIMIT_CORE) == (0, 0)
-    assert resource.prlimit(command, resource.RLIMIT_NPROC) == (1, 1)
-    assert resource.prlimit(command, resource.RLIMIT_CPU) == (5, resource.RLIM_INFINITY)
-    for pid in (job.pid, job.reaper()):
-        assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == own
+    assert limits_of(job.command()) >= {
+        ("Max open files", "100", "200"), ("Max core file size", "0", "0"), ("Max processes", "1", "1"),
+        ("Max cpu time", "5", "unlimited"),
+    }  # fmt: skip
+    assert limits_of(job.pid) == limits_of(job.reaper()) == limits_of(os.getpid())
+
+
+def limits_of(pid: int) -> set[tuple[str, str, str]]:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {(line[:26].strip(), *line[26:].split()[:2]) for line in lines}  # type: ignore[misc]
 
 
 def test_working_directory(start: Start, tmp_path: Path) -> None:
@@ -776,16 +783,18 @@ def test_the_reaper_is_plain_enough_to_freeze(start: Start) -> None:
 
 
 def test_only_a_tracer_reaches_the_status(start: Start) -> None:
-    """The job's root, without CAP_SYS_PTRACE, does not get at the anchor's descriptors; at the reaper's it does."""
+    """The job's root, without CAP_SYS_PTRACE, cannot write a record of its own; the reaper's descriptors it may open."""
     reading, writing = os.pipe()
-    job = start(
-        "/bin/sh", "-c", "read pid; ls /proc/$pid/fd; read pid; ls /proc/$pid/fd",
-        stdin=reading, prepare=drop_capabilities,
-    )  # fmt: skip
+    code = (
+        "import os\n"
+        "for path in input().split():\n"
+        "    try: os.open(path, os.O_WRONLY); print('opened')\n"
+        "    except OSError as e: print(e.strerror)\n"
+    )
+    job = start(*python(code), stdin=reading, prepare=drop_capabilities)
     job.started()
-    os.write(writing, f"{job.pid}\n{job.reaper()}\n".encode())
-    output = job.read()
-    assert f"/proc/{job.pid}/fd': Permission denied" in output
-    assert output.endswith("0\n1\n2\n")
+    (status,) = descriptors(job.pid)
+    os.write(writing, f"/proc/{job.pid}/fd/{status} /proc/{job.reaper()}/fd/1\n".encode())
+    assert job.read() == "Permission denied\nopened\n"
     os.close(reading)
     os.close(writing)
