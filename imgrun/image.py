@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from imgrun import syscalls as sc
@@ -21,7 +23,7 @@ from imgrun.errors import (
     PartitionError,
     PrivilegeError,
 )
-from imgrun.storage import disk, lock, loop, mount, superblock
+from imgrun.storage import disk, fuse, lock, loop, mount, superblock
 from imgrun.storage.blkid import Partition, signature
 from imgrun.storage.guest import OsInfo, check_architecture, has_os_release, identify
 
@@ -88,11 +90,16 @@ class Image:
     ``warnings`` are lines for the user about what using it this way means.
     """
 
-    def __init__(self, info: ImageInfo, access: Access, lock_fd: int, device: loop.Device | None) -> None:
+    def __init__(
+        self, info: ImageInfo, access: Access, lock_fd: int, device: loop.Device | None, serve_in: str | None = None
+    ) -> None:
         self.info = info
         self.access = access
         self.lock_fd = lock_fd
         self.device = device
+        self.server: fuse.Server | None = None
+        """The process that serves the file system, where the kernel may not; when it dies, so does the job."""
+        self._serve_in = serve_in
         self.warnings: list[str] = []
         if info.unclean:
             self.warnings.append(f"{info.name}: {info.unclean}; mounting it for writing puts that right")
@@ -104,6 +111,9 @@ class Image:
         PrivilegeError.
         """
         read_only = self.access != "writable"
+        if self._serve_in is not None:
+            root, self.server = _serve(self.lock_fd, self.info, self._serve_in, read_only=read_only)
+            return root
         if self.device is None:
             return mount.directory(self.lock_fd, read_only=read_only)
         return _mount_root(self.device, self.info, read_only=read_only)
@@ -114,6 +124,10 @@ class Image:
             if self.access == "writable":
                 loop.wait_until_unused(self.device, UNMOUNT_SECONDS)
             self.device.close()
+        if self.server is not None:
+            if self.access == "writable":
+                self.server.flush(UNMOUNT_SECONDS)
+            self.server.close()
         if self.lock_fd >= 0:
             os.close(self.lock_fd)
             self.lock_fd = -1
@@ -144,8 +158,12 @@ def open_image(
     *,
     wait: float = WAIT_SECONDS,
     direct_io: bool = True,
+    serve_in: str | None = None,
 ) -> Image:
     """Lock the image, for as long as this process holds it, and attach its loop device. Nothing is mounted yet.
+
+    ``serve_in`` is for callers without the host's root, in a user and mount namespace of their own: FUSE servers take
+    the place of loop devices and work in that directory.
 
     Waits up to ``wait`` seconds for a user that excludes this one. Raises what ``probe`` raises, ImageBusy, and
     HostError or PrivilegeError when there is no loop device to be had.
@@ -159,8 +177,10 @@ def open_image(
         lock.refuse_attached(fd, path, exclusive=writable, wait=wait)
         info = _examine(fd, path, partition)
         if info.needs_mount_probe:
-            info = _decide_by_content(fd, info, direct_io)
+            info = _decide_by_content(fd, info, direct_io, serve_in)
         _refuse_unfit(info, writable)
+        if serve_in is not None:
+            return Image(info, access, fd, None, serve_in)
         return Image(info, access, fd, _attach(fd, info, not writable, direct_io))
     except BaseException:
         os.close(fd)
@@ -284,11 +304,15 @@ def _repair(info: ImageInfo) -> str:
     """How to make an unclean file system clean."""
     from shlex import quote
 
+    path = quote(info.path)
     if superblock.DRIVERS[info.fstype or ""] == "ext4":
-        where = info.path + (f"?offset={info.offset}" if info.offset else "")
-        return f"repair it with: e2fsck {'-p' if info.replayable else '-f'} {quote(where)}"
-    options = "loop" + (f",offset={info.offset},sizelimit={info.size}" if info.offset else "")
-    once = f"finish it by mounting it once: mount -o {options} {quote(info.path)} /mnt && umount /mnt"
+        check = f"e2fsck {'-p' if info.replayable else '-f'}"
+        if info.partition is None:
+            return f"repair it with: {check} {path}"
+        part = f"losetup --find --show --offset {info.offset} --sizelimit {info.size} {path}"
+        return f"repair it with: d=$({part}) && {check} $d; losetup -d $d"
+    options = "loop" if info.partition is None else f"loop,offset={info.offset},sizelimit={info.size}"
+    once = f"finish it by mounting it once: mount -o {options} {path} /mnt && umount /mnt"
     return once + ("; if that fails, xfs_repair" if info.fstype == "xfs" else "; if that fails, btrfs rescue zero-log")
 
 
@@ -354,7 +378,34 @@ def _root_subvolume(top: int) -> str | None:
     return None
 
 
-def _decide_by_content(fd: int, info: ImageInfo, direct_io: bool) -> ImageInfo:
+def _serve(fd: int, info: ImageInfo, directory: str, *, read_only: bool) -> tuple[int, fuse.Server]:
+    driver = superblock.DRIVERS[info.fstype or ""]
+    return fuse.serve(driver, fd, info.offset, writable=not read_only, directory=directory, name=info.name)
+
+
+@contextmanager
+def _peek(fd: int, info: ImageInfo, direct_io: bool, serve_in: str | None) -> Iterator[int]:
+    """The root of a file system to be looked at, read-only, past an unfinished journal."""
+    server: fuse.Server | None = None
+    device: loop.Device | None = None
+    root = -1
+    try:
+        if serve_in is not None:
+            root, server = _serve(fd, info, serve_in, read_only=True)
+        else:
+            device = _attach(fd, info, True, direct_io)
+            root = _mount_root(device, info, read_only=True, peek=True)
+        yield root
+    finally:
+        if root >= 0:
+            os.close(root)
+        if device is not None:
+            device.close()
+        if server is not None:
+            server.close()
+
+
+def _decide_by_content(fd: int, info: ImageInfo, direct_io: bool, serve_in: str | None) -> ImageInfo:
     """Look into each candidate partition, read-only, for an os-release file."""
     roots = []
     for candidate in info.partitions:
@@ -362,16 +413,9 @@ def _decide_by_content(fd: int, info: ImageInfo, direct_io: bool) -> ImageInfo:
             continue
         try:
             one = _with_partition(fd, info._replace(needs_mount_probe=False), candidate)
-            device = _attach(fd, one, True, direct_io)
-            try:
-                root = _mount_root(device, one, read_only=True, peek=True)
-                try:
-                    if has_os_release(root):
-                        roots.append(one)
-                finally:
-                    os.close(root)
-            finally:
-                device.close()
+            with _peek(fd, one, direct_io, serve_in) as root:
+                if has_os_release(root):
+                    roots.append(one)
         except ImageError:
             # A partition that cannot be looked into is not the root, unless it is named.
             continue

@@ -9,12 +9,13 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
-from imgrun.errors import CommandNotFound, ImgrunError, SpecError
+from imgrun.errors import CommandNotFound, ImgrunError, PrivilegeError, SpecError
 from imgrun.image import open_image
-from imgrun.isolation import limits, namespaces, security, userns
+from imgrun.isolation import limits, namespaces, rootless, security, userns
 from imgrun.isolation.cgroup import JobCgroup
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source
@@ -23,8 +24,12 @@ from imgrun.plan import Plan, build_plan
 from imgrun.result import Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
+from imgrun.storage.fuse import Server
 from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
+
+if TYPE_CHECKING:
+    import resource
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
@@ -45,6 +50,10 @@ class Launch:
         self.cgroup_paths: list[str] = []
         self.capabilities = security.DEFAULT_CAPABILITIES | ({"SYS_BOOT"} if spec.init == "image" else frozenset())
         self.pid = 0
+        self.rootless = False
+        self.setup_seconds = (0.0, 0.0)
+        """User and system time that the first process took before it became the job's init; not the job's use."""
+        self.server: Server | None = None
         self.init_stop_signal: int | None = None
         self.plan: Plan | None = None
         self._undo: list[Callable[[], None]] = []
@@ -66,11 +75,13 @@ class Launch:
         """Take everything the job needs. Raises the error of whatever cannot be had; ``close`` gives back the rest."""
         spec = self.spec
         limits.check(spec.rlimits)
-        image = open_image(spec.image, spec.root, spec.partition)
+        self._become_root()
+        image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
         self._undo.append(image.close)
         self.warnings += image.warnings
         self.mark("image: probe, lock, loop device")
         self._fds["image"] = image.mount()
+        self.server = image.server
         root = RootImage(image.info, spec.root, self._fds["image"])
         self.mark("image: mount")
         root_fd = self._fds["image"]
@@ -100,6 +111,17 @@ class Launch:
             self._use_host_ids(e)
         self.mark("mounts prepared")
 
+    def _become_root(self) -> None:
+        """Without the host's root, go on as root of a user and mount namespace of our own."""
+        self.rootless = not rootless.is_host_root()
+        if not self.rootless:
+            return
+        if self.spec.userns == "off":
+            raise PrivilegeError("--userns off needs root", "leave it out: the job then has a user namespace")
+        self._ids, warnings = rootless.enter()
+        self.warnings += warnings
+        self.mark("own namespaces")
+
     def _user(self, root_fd: int) -> passwd.User:
         user = passwd.lookup(root_fd, self.spec.user or "0")
         for number in (user.uid, user.gid):
@@ -108,10 +130,15 @@ class Launch:
                     f"--user {self.spec.user}: id {number} is outside the job's range of {userns.RANGE} ids",
                     "choose an id below 65536, or --userns off",
                 )
+            if self.rootless and self._ids is not None and self._ids.outside_uid(number) is None:
+                raise PrivilegeError(
+                    f"--user {self.spec.user}: id {number} is not among the ids you have",
+                    "ask your administrator for subordinate ids in /etc/subuid and /etc/subgid, or run as root",
+                )
         return user
 
     def _hold_ids(self) -> None:
-        if self.spec.userns == "off":
+        if self.spec.userns == "off" or self.rootless:
             return
         held: HeldMap = userns.hold_range()
         self._undo.append(held.close)
@@ -172,8 +199,13 @@ class Launch:
     def _shim_argv(self, status: int) -> list[str]:
         return init_shim.arguments(
             self._command, status_fd=status, role="init" if self.spec.init == "shim" else "exec", uid=self.user.uid,
-            gid=self.user.gid, groups=self.user.groups, cwd=self._cwd(), tty=self.spec.tty, rlimits=self.spec.rlimits,
+            gid=self.user.gid, groups=self.user.groups if self._may_set_groups() else None, cwd=self._cwd(),
+            tty=self.spec.tty, rlimits=self.spec.rlimits,
         )  # fmt: skip
+
+    def _may_set_groups(self) -> bool:
+        """A user namespace with a single id may not (user_namespaces(7), setgroups)."""
+        return self._ids is None or sum(r.size for r in self._ids.gids) > 1
 
     def _find_init(self, root_fd: int) -> str:
         for path in INITS:
@@ -200,12 +232,13 @@ class Launch:
         own_network = self.spec.network != "host"
         setup = Setup(
             channel=theirs, supervisors_end=self.channel, operations=self.plan.operations, fds=self._fds,
-            hostname=self.hostname, user=self.user, userns=self._ids is not None, own_network=own_network,
+            hostname=self.hostname, user=self.user, userns=self._ids is not None,
+            drop_groups=self._may_set_groups(), own_network=own_network,
             join=tuple(self._cgroup.join_descriptors()), stdio=stdio, tty=self.spec.tty, status=status,
             argv=self._shim_argv(status), env=self.environment(), capabilities=self.capabilities,
             filter=self._filter,
         )  # fmt: skip
-        flags = namespaces.job_flags(userns=self._ids is not None, own_network=own_network)
+        flags = namespaces.job_flags(userns=self._ids is not None and not self.rootless, own_network=own_network)
         try:
             self.pid = namespaces.spawn(flags, lambda: become_init(setup), self._cgroup.clone_into)
         finally:
@@ -215,7 +248,7 @@ class Launch:
 
     def hand_over(self) -> None:
         """Give the first process its ids and let it go on; our copies of the mounts are closed."""
-        if self._ids is not None:
+        if self._ids is not None and not self.rootless:
             userns.write_maps(self.pid, self._ids)
         try:
             self.channel.send({"go": True})
@@ -262,14 +295,24 @@ class Launch:
 
         return command_of(self.pid)
 
-    def usage(self, wall_seconds: float) -> Usage:
-        """What the job used, read from its cgroup before that goes."""
+    def usage(self, wall_seconds: float, reaped: resource.struct_rusage) -> Usage:
+        """What the job used: from its cgroup before that goes, and the rest from what the kernel said when it was reaped.
+
+        ``reaped`` holds what all its processes used that were waited for, which the job's init does for all orphans.
+        """
         usage = Usage(wall_seconds=round(wall_seconds, 6), source="cgroup")
         if self._cgroup is not None:
             measured = self._cgroup.usage()
             for field in measured._fields:
                 if field in Usage.__slots__:
                     setattr(usage, field, getattr(measured, field))
+        if usage.user_seconds is None:
+            usage.source = "rusage"
+            usage.user_seconds, usage.system_seconds = reaped.ru_utime, reaped.ru_stime
+        if usage.read_bytes is None:
+            usage.read_bytes, usage.written_bytes = reaped.ru_inblock * 512, reaped.ru_oublock * 512
+        usage.user_seconds = _less(usage.user_seconds, self.setup_seconds[0])
+        usage.system_seconds = _less(usage.system_seconds, self.setup_seconds[1])
         usage.scratch_bytes = self.scratch.used()
         return usage
 
@@ -291,6 +334,10 @@ class Launch:
                 failure = failure or e
         if failure is not None:
             raise failure
+
+
+def _less(total: float | None, part: float) -> float | None:
+    return None if total is None else round(max(0.0, total - part), 6)
 
 
 def login_environment(user: passwd.User, job_id: str, *, tty: bool) -> dict[str, str]:

@@ -196,6 +196,8 @@ class Supervisor:
             if "error" in message:
                 kind = getattr(errors, message["error"], StartError)
                 raise kind(message["message"], message["hint"])
+            if "spent" in message:
+                launch.setup_seconds = (message["spent"][0], message["spent"][1])
             if "terminal" in message:
                 self._adopt_terminal(fds[0])
         launch.mark("namespaces and mounts")
@@ -260,6 +262,10 @@ class Supervisor:
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
         memory = launch.memory_events()
+        server = -1
+        if launch.server is not None:
+            server = os.pidfd_open(launch.server.pid)
+            self._later(lambda: os.close(server))
         running = True
         while running or self.relay.outputs_open():
             poll = select.poll()
@@ -270,6 +276,8 @@ class Supervisor:
                 poll.register(self._control.fileno(), select.POLLIN)
                 if memory is not None:
                     poll.register(*memory)
+                if server >= 0:
+                    poll.register(server, select.POLLIN)
                 for fd in self._children:
                     poll.register(fd, select.POLLIN)
             for fd, _ in poll.poll(self._patience() if running else None):
@@ -280,13 +288,17 @@ class Supervisor:
                 elif fd == ended:
                     running = False
                     self._ended = time.monotonic()
-                    self._wait_status = os.waitpid(launch.pid, 0)[1]
+                    _, self._wait_status, self._reaped = os.wait4(launch.pid, 0)
                     launch.pid = 0
                     self.relay.stop_input()
                 elif fd == self._control.fileno():
                     self._admit()
                 elif fd in self._children:
                     self._serve(self._children[fd])
+                elif fd == server:
+                    server = -1
+                    if launch.server is not None and launch.server.has_failed():
+                        self._end("lost")
                 elif memory is not None and fd == memory[0]:
                     launch.acknowledge_memory_event()
                     if launch.memory_killed():
@@ -404,10 +416,12 @@ class Supervisor:
         reason: Reason = self._reason or ("exited" if signum is None else "signaled")
         if signum == signal.SIGKILL and self._reason is None and launch.memory_killed():
             reason = "memory-limit"
-        usage = launch.usage(self._ended - self._began)
+        usage = launch.usage(self._ended - self._began, self._reaped)
         hint = None
         if reason == "memory-limit":
             message, hint = launch.memory_verdict(usage)
+        elif reason == "lost":
+            message, hint = "the process that served the image ended, and the job with it", f"see {self.job.path}/fuse.log"
         elif reason == "time-limit":
             message = f"the job ran into its time limit of {self.spec.time_limit:g} s"
             hint = "give a larger --time-limit"

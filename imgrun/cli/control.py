@@ -32,8 +32,9 @@ def exec_command(
     from imgrun.cli.start import parse_environment
     from imgrun.session import execute
 
+    variables = parse_environment(env, ())
     status = execute(
-        Job.find(job), command_words(command), user=user, workdir=workdir, env=parse_environment(env, ()), tty=tty, stdin=interactive
+        Job.find(job), command_words(command), user=user, workdir=workdir, env=variables, tty=tty, stdin=interactive
     )
     raise click.exceptions.Exit(status)
 

@@ -48,8 +48,8 @@ def unescape(text: str) -> str:
 
 
 def parse_mounts(mountinfo: str) -> list[Mount]:
-    """The cgroup mounts among the lines of /proc/PID/mountinfo, in the order they were mounted."""
-    mounts = []
+    """The cgroup mounts among the lines of /proc/PID/mountinfo; of several at one place the last, which covers them."""
+    mounts: dict[str, Mount] = {}
     for line in mountinfo.splitlines():
         if " - cgroup" not in line:
             continue
@@ -60,17 +60,15 @@ def parse_mounts(mountinfo: str) -> list[Mount]:
             continue
         major, _, minor = fields[2].partition(":")
         flags = options.split(",")
-        mounts.append(
-            Mount(
-                version=1 if fstype == "cgroup" else 2,
-                controllers=tuple(name for name in V1_CONTROLLERS if name in flags and fstype == "cgroup"),
-                root=unescape(fields[3]),
-                path=unescape(fields[4]),
-                device=os.makedev(int(major), int(minor)),
-                writable="ro" not in flags and "ro" not in fields[5].split(","),
-            )
+        mounts[fields[4]] = Mount(
+            version=1 if fstype == "cgroup" else 2,
+            controllers=tuple(name for name in V1_CONTROLLERS if name in flags and fstype == "cgroup"),
+            root=unescape(fields[3]),
+            path=unescape(fields[4]),
+            device=os.makedev(int(major), int(minor)),
+            writable="ro" not in flags and "ro" not in fields[5].split(","),
         )
-    return mounts
+    return list(mounts.values())
 
 
 def parse_membership(text: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def plan(limits: Limits, accounting: bool) -> Plan:
         if controller in v1_home:
             _check_v1_access(v1_home[controller], options)
             notes += v1.check(v1_home[controller], limits, controller)
-        elif unified is not None and place is not None:
+        elif unified is not None and place is not None and not _bound_to_v1(controller):
             cgroup_place.check(unified, place, limits, controller, options)
         else:
             raise _missing(controller, options)
@@ -70,8 +70,21 @@ def _check_v1_access(tree: fs.Tree, options: list[str]) -> None:
         )
 
 
+def _v1_name(controller: str) -> str:
+    return "blkio" if controller == "io" else controller
+
+
+def _bound_to_v1(controller: str) -> bool:
+    """Whether the kernel has the controller in a v1 hierarchy (``NAME HIERARCHY CGROUPS ENABLED``), so not in v2."""
+    for line in (fs.text("/proc/cgroups") or "").splitlines():
+        words = line.split("\t")
+        if words[0] == _v1_name(controller) and len(words) == 4:
+            return words[1] != "0"
+    return False
+
+
 def _missing(controller: str, options: list[str]) -> LimitError:
-    name = "blkio" if controller == "io" else controller
+    name = _v1_name(controller)
     advice = f"mount it: mount -t cgroup -o {name} cgroup /sys/fs/cgroup/{name}; or use a host with cgroup v2"
     for line in (fs.text("/proc/cgroups") or "").splitlines():
         if line.startswith(f"{name}\t") and line.endswith("\t0"):

@@ -66,7 +66,7 @@ class MemoryEvents(NamedTuple):
     Kills without any of these were caused from above: an enclosing cgroup or the host.
     """
     at_limit: int | None = None
-    """How often usage was at the job's own limit. Taking back page cache mostly helped, so this alone means no harm."""
+    """How often, at least, usage was at the job's own limit. Taking back page cache mostly helped: no harm by itself."""
 
 
 def seconds(microseconds: int | None) -> float | None:

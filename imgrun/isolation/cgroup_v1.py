@@ -200,9 +200,7 @@ class V1Directory:
     def usage(self) -> CgroupUsage:
         values: dict[str, int | float | None] = {}
         if "cpuacct" in self.controls:
-            for field, name in (("user_seconds", "cpuacct.usage_user"), ("system_seconds", "cpuacct.usage_sys")):
-                nanoseconds = fs.number(f"{self.path}/{name}")
-                values[field] = None if nanoseconds is None else nanoseconds / 1e9
+            values["user_seconds"], values["system_seconds"] = self._cpu()
         if "memory" in self.controls:
             stat = fs.keyed(f"{self.path}/memory.stat")
             values.update(
@@ -233,6 +231,15 @@ class V1Directory:
             values["read_operations"], values["write_operations"] = self._io("io_serviced")
         return CgroupUsage(**values)  # type: ignore[arg-type]
 
+    def _cpu(self) -> tuple[float | None, float | None]:
+        """The exact sum, divided as the sampled ticks are: the kernel does the same for a process."""
+        total = fs.number(f"{self.path}/cpuacct.usage")
+        ticks = fs.keyed(f"{self.path}/cpuacct.stat")
+        if total is None or "user" not in ticks or "system" not in ticks:
+            return None, None
+        system = ticks["system"] / max(ticks["user"] + ticks["system"], 1)
+        return total * (1 - system) / 1e9, total * system / 1e9
+
     def _io(self, name: str) -> tuple[int | None, int | None]:
         """Sums over the disks of the lines ``MAJOR:MINOR Read N`` and ``... Write N``.
 
@@ -248,11 +255,17 @@ class V1Directory:
 
     def memory_events(self) -> MemoryEvents:
         """v1 counts the kills of each directory for itself, so those of nested ones are added."""
-        kills = [fs.keyed(f"{path}/memory.oom_control").get("oom_kill") for path in dirs.subtree(self.path)]
-        return MemoryEvents(
-            kills=sum(known) if (known := [count for count in kills if count is not None]) else None,
-            at_limit=fs.number(f"{self.path}/memory.failcnt"),
-        )
+        controls = [fs.keyed(f"{path}/memory.oom_control") for path in dirs.subtree(self.path)]
+        kills = [control["oom_kill"] for control in controls if "oom_kill" in control]
+        return MemoryEvents(kills=sum(kills) if kills else None, at_limit=self._at_limit())
+
+    def _at_limit(self) -> int | None:
+        """New kernels do not count when the sum of memory and swap met its limit; that it did shows in the peak."""
+        names = ("failcnt", "memsw.failcnt", "memsw.max_usage_in_bytes", "memsw.limit_in_bytes")
+        memory, both, peak, limit = (fs.number(f"{self.path}/memory.{name}") for name in names)
+        if memory is None:
+            return None
+        return max(memory + (both or 0), int(peak is not None and limit is not None and peak >= limit))
 
     def open_memory_events(self) -> int:
         """An eventfd that becomes readable when the job is out of memory, and when the directory is removed."""

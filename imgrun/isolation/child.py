@@ -35,6 +35,7 @@ class Setup(NamedTuple):
     hostname: str
     user: User
     userns: bool
+    drop_groups: bool
     own_network: bool
     join: tuple[int, ...]
     """v1 ``tasks`` files: writing 0 moves the writer, without the lock that moving another process takes."""
@@ -84,7 +85,8 @@ def _become_init(setup: Setup) -> None:
     limits.raise_oom_score()
     if setup.userns:
         os.setresgid(0, 0, 0)
-        os.setgroups([])
+        if setup.drop_groups:
+            os.setgroups([])
         os.setresuid(0, 0, 0)
     sc.unshare(sc.CLONE_NEWCGROUP)
     security.fresh_keyring()
@@ -106,6 +108,8 @@ def _become_init(setup: Setup) -> None:
         os._exit(125)
     sc.close_range_cloexec(3)
     os.set_inheritable(setup.status, True)
+    spent = os.times()
+    setup.channel.send({"spent": [spent.user, spent.system]})
     if setup.filter is not None:
         setup.filter.load()
     os.execve(SHIM, setup.argv, setup.env)

@@ -414,9 +414,11 @@ class EtcFile(Operation):
             etc = open_target(ctx, "/etc", directory=True)
             try:
                 self._replace(etc)
+                return
+            except PermissionError:
+                pass  # the image's /etc belongs to an id that the job does not have: cover the file instead
             finally:
                 os.close(etc)
-            return
         try:
             target = sc.openat2(f"etc/{self.name}", os.O_PATH, ctx.root, resolve=BESIDE)
         except OSError:

@@ -412,6 +412,8 @@ static NORETURN void reap(const struct request *request, int fd)
 static NORETURN void anchor(const struct request *request)
 {
     follow_supervisor(request->status);
+    /* What is typed at the supervisor's terminal (Ctrl-C) comes from the supervisor, not a second time from there. */
+    check(request->status, "session", SYS(setsid));
     int pipe[2];
     check(request->status, "fork", SYS(pipe2, pipe, O_CLOEXEC));
     long reaper = fork_process();

@@ -120,6 +120,7 @@ def _dnf(recipe: Recipe, tools: Tools, tar: str, scratch: str) -> None:
         *tools.confined(), "sh", "-c", _WITH_DEVICES, tree,
         "dnf", "--assumeyes", f"--installroot={tree}", f"--releasever={source.release}",
         "--setopt=install_weak_deps=False", "--setopt=tsflags=nodocs", "--setopt=keepcache=False",
+        "--setopt=skip_if_unavailable=False",
         *(["--use-host-config"] if version.startswith("dnf5") else []),
         *([f"--setopt=reposdir={source.repos}"] if source.repos else []),
         "install", *recipe.packages,
@@ -142,6 +143,8 @@ def _dnf(recipe: Recipe, tools: Tools, tar: str, scratch: str) -> None:
 
 def _dnf_error(recipe: Recipe, error: ToolFailed) -> ImgrunError:
     text = "\n".join(error.lines)
+    if re.search(r"Failed to download metadata|Cannot download|Curl error", text):
+        return HostError(f"dnf's repositories cannot be reached: {error.summary()}", "check the network")
     if found := re.search(r"(?:No match for argument|Unable to find a match): *(\S+)", text):
         return SpecError(
             f"{recipe.origin}: packages: {recipe.source.release} has no package {found[1]!r}",
@@ -151,8 +154,6 @@ def _dnf_error(recipe: Recipe, error: ToolFailed) -> ImgrunError:
         return HostError(
             "dnf has no repositories on this host", "name a directory of .repo files as source.repos in the recipe"
         )
-    if re.search(r"Failed to download metadata|Cannot download|Curl error", text):
-        return HostError(f"dnf's repositories cannot be reached: {error.summary()}", "check the network")
     return HostError(
         f"dnf could not make release {recipe.source.release}: {error.summary()}", "--debug shows all it said"
     )

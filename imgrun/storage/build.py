@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from imgrun.errors import HostError, ImageBusy, SpecError
+from imgrun.errors import HostError, ImageBusy, PrivilegeError, SpecError
 from imgrun.storage import base, cache, guest, lock, mirror, mkfs, partitioned, tree
 from imgrun.storage.recipe import Recipe
 from imgrun.storage.tools import ToolFailed, Tools, no_space, no_space_in
@@ -94,20 +94,23 @@ def build(
 def _reserved(out: str, force: bool) -> Iterator[None]:
     """Refuse a target that cannot be written or replaced; hold an existing one so that no job starts from it."""
     try:
-        # If this is a fifo or a device, it is not waited for, and refused below.
-        fd = os.open(out, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        is_file = stat.S_ISREG(os.stat(out).st_mode)
     except FileNotFoundError:
         if not os.path.isdir(os.path.dirname(out)):
             raise SpecError(f"{out}: there is no directory {os.path.dirname(out)}", "make it first") from None
         yield
         return
     except OSError as error:
+        raise HostError(f"{out} cannot be written: {error.strerror}", "choose another name") from None
+    if not is_file:
+        raise SpecError(f"{out} exists and is not a file", "choose another name")
+    if not force:
+        raise SpecError(f"{out} exists", "--force replaces it; or choose another name")
+    try:
+        fd = os.open(out, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
         raise HostError(f"{out} cannot be replaced: {error.strerror}", "choose another name") from None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise SpecError(f"{out} exists and is not a file", "choose another name")
-        if not force:
-            raise SpecError(f"{out} exists", "--force replaces it; or choose another name")
         try:
             lock.hold(fd, out, exclusive=True, wait=0)
             lock.refuse_attached(fd, out, exclusive=True, wait=0)
@@ -122,7 +125,9 @@ def _reserved(out: str, force: bool) -> Iterator[None]:
 
 
 def _require_programs(recipe: Recipe, tools: Tools) -> None:
-    """Ask for the programs of the last steps before the first one takes its minutes."""
+    """Ask for what the last steps need before the first one takes its minutes."""
+    if recipe.image.format == "xfs" and not tools.root:
+        raise PrivilegeError("an xfs image can only be made as root", "run the build as root, or choose ext4")
     tools.find(_MAKERS.get(recipe.image.format, "mke2fs"))
     if recipe.image.table != "none":
         tools.find("sfdisk")

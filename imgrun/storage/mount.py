@@ -62,7 +62,13 @@ def file_system(
 def directory(fd: int, *, read_only: bool, nosuid: bool = False) -> int:
     """A mount of the directory ``fd`` alone: nothing that is mounted below it, now or later, is seen in it."""
     try:
-        mount = sc.clone_mount(fd, recursive=False)
+        try:
+            mount = sc.clone_mount(fd, recursive=False)
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            # In a user namespace, what is mounted below may not be taken off.
+            mount = sc.clone_mount(fd, recursive=True)
     except OSError as e:
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PrivilegeError("the caller may not mount directories", "run imgrun as root") from e

@@ -24,16 +24,15 @@ def report(path: str, partition: str | None = None) -> dict[str, Any]:
     )  # fmt: skip
     record["path"] = path
     try:
-        try:
-            info = image.probe(path, partition)
-            _tell(record, info)
-            _need_driver(info)
-        finally:
-            _tell_file(record, path, partition)
+        info = image.probe(path, partition)
+        _tell(record, info)
+        _tell_file(record, path)
+        _need_driver(info)
         _look_inside(record, path, partition)
     except ImageMissing:
         raise
     except ImgrunError as e:
+        _tell_file(record, path)
         record["runnable"] = None if isinstance(e, PrivilegeError) else False
         record["reason"], record["hint"] = e.message, e.hint
     return record
@@ -55,7 +54,7 @@ def _tell(record: dict[str, Any], info: image.ImageInfo) -> None:
         record["clean"] = False if info.unclean else None if info.fstype == "xfs" else True
 
 
-def _tell_file(record: dict[str, Any], path: str, partition: str | None) -> None:
+def _tell_file(record: dict[str, Any], path: str) -> None:
     """The file's sizes and its partitions, also when the image is refused for what they hold."""
     status = os.stat(path)
     if record["kind"] == "directory" or not status.st_size:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,11 +27,12 @@ _PACKAGES = {
     "cp": "coreutils", "setpriv": "util-linux", "sfdisk": "fdisk", "unshare": "util-linux",
 }  # fmt: skip
 _KEPT_LINES = 200
+_WORDS = re.compile(r"rror\b|: \S")
 _LITTLE_SPACE = 4 << 20
 
 
 class ToolFailed(Exception):
-    """A program ended with an error. ``lines`` are the last of what it wrote to stderr."""
+    """A program ended with an error. ``lines`` are the last of what it wrote, stderr before stdout."""
 
     def __init__(self, program: str, status: int, lines: Sequence[str]) -> None:
         super().__init__(f"{program} ended with status {status}")
@@ -40,9 +43,10 @@ class ToolFailed(Exception):
     def summary(self) -> str:
         """The line that says most about why, else how it ended."""
         said = [line.strip() for line in self.lines if line.strip()]
-        errors = [line for line in said if line.startswith("E: ") or "rror" in line or ": " in line]
         if said:
-            return (errors or said)[-1 if not errors else 0].removeprefix("E: ")[:300]
+            start = next((i for i, line in enumerate(said) if line.startswith("E: ") or _WORDS.search(line)), -1)
+            more = said[start + 1 : start + 3] if said[start].endswith(":") and start >= 0 else []
+            return " ".join([said[start], *more]).removeprefix("E: ").lstrip("-* ")[:300]
         if self.status < 0:
             return f"{self.program} was killed by {signal.Signals(-self.status).name}"
         return str(self)
@@ -89,7 +93,7 @@ class Tools:
         """
         program = os.path.basename(argv[0])
         full = [*(self.as_owner() if as_owner else ()), self.find(argv[0]), *argv[1:]]
-        self._debug("+ " + " ".join(full))
+        self._debug(f"+ {shlex.join(full)}")
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
             given.write(stdin)
             given.seek(0)
@@ -104,10 +108,14 @@ class Tools:
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             finally:
                 status = _end_session(process)
-            if status != 0:
-                raise ToolFailed(program, status, lines)
             written.seek(0)
-            return written.read().decode(errors="replace")
+            output = written.read().decode(errors="replace")
+            if status != 0:
+                said = output.splitlines()[-_KEPT_LINES:]
+                for line in said:
+                    self._debug(line)
+                raise ToolFailed(program, status, [*lines, *said])
+            return output
 
     def as_owner(self) -> list[str]:
         """What to put before a command that handles files of every owner.

@@ -33,23 +33,26 @@ MIB = 1 << 20
 def trees() -> dict[str, fs.Tree]:
     """controller -> hierarchy, of v1; v2 under "unified"."""
     found = fs.discover()
-    named = {name: tree for tree in found if tree.version == 1 for name in tree.controllers}
-    return named | {"unified": tree for tree in found if tree.version == 2}
+    return {name: tree for tree in found for name in tree.controllers or ("unified",)}
+
+
+ID = f"test{os.getpid()}-"
+"""What the ids of these jobs begin with: other tests may run beside this one."""
+
+UNLIMITED = Limits()
 
 
 def ours() -> set[str]:
-    """Every directory with imgrun's prefix below the test's own cgroups."""
-    found = set()
-    for tree in fs.discover():
-        found |= {path for path in cgroup_dirs.subtree(tree.own) if os.path.basename(path).startswith(fs.PREFIX)}
-    return found
+    """The directories of these jobs."""
+    mounts = fs.parse_mounts(fs.read("/proc/self/mountinfo"))
+    return {path for mount in mounts for path in cgroup_dirs.subtree(mount.path) if f"/{fs.PREFIX}{ID}" in path}
 
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    before, descriptors = ours(), len(os.listdir("/proc/self/fd"))
+    descriptors = len(os.listdir("/proc/self/fd"))
     yield
-    assert ours() == before
+    assert ours() == set()
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -70,8 +73,8 @@ class Jobs:
         self.made: list[JobCgroup] = []
         self.children: list[int] = []
 
-    def create(self, limits: Limits = Limits(), **options: Any) -> JobCgroup:
-        job = JobCgroup.create(f"test{os.getpid()}-{len(self.made)}", limits, **options)
+    def create(self, limits: Limits = UNLIMITED, **options: Any) -> JobCgroup:
+        job = JobCgroup.create(f"{ID}{len(self.made)}", limits, **options)
         self.made.append(job)
         return job
 
@@ -135,7 +138,7 @@ def spin(seconds: float) -> None:
 def burn(cpu_seconds: float) -> None:
     end = time.process_time() + cpu_seconds
     while time.process_time() < end:
-        pass
+        sum(range(10_000))
 
 
 def fill(size: int) -> None:
@@ -149,7 +152,7 @@ def fill(size: int) -> None:
 
 def test_only_what_is_needed_is_made(world: str) -> None:
     before = ours()
-    job = JobCgroup.create("test-needed", Limits())
+    job = JobCgroup.create(f"{ID}needed", Limits())
     names = {path[len("/sys/fs/cgroup/") :].split("/")[0] for path in job.paths}
     job.remove()
     if world == "v1":
@@ -158,7 +161,7 @@ def test_only_what_is_needed_is_made(world: str) -> None:
     else:
         assert "freezer" not in names
     assert not {"cpuset", "devices", "systemd"} & names
-    bare = JobCgroup.create("test-bare", Limits(), accounting=False)
+    bare = JobCgroup.create(f"{ID}bare", Limits(), accounting=False)
     assert not any("/memory/" in path for path in bare.paths)
     bare.remove()
     assert ours() == before
@@ -181,7 +184,7 @@ def test_fifty_cycles_leave_nothing(world: str) -> None:
     before, descriptors = ours(), os.listdir("/proc/self/fd")
     limits = Limits(memory=64 * MIB, swap=0, cpus=1, cpu_weight=50, pids=20, cpuset="0")
     for turn in range(50):
-        job = JobCgroup.create(f"cycle{turn}", limits)
+        job = JobCgroup.create(f"{ID}{turn}", limits)
         for fd in job.join_descriptors():
             os.close(fd)
         assert (job.clone_into >= 0) == (world == "host")
@@ -195,7 +198,7 @@ def test_fifty_cycles_leave_nothing(world: str) -> None:
 def test_a_left_over_directory_of_the_same_id_is_made_new(jobs: Jobs) -> None:
     if "pids" not in trees():
         pytest.skip("pids is not in v1 here")
-    left = f"{trees()['pids'].own}/{fs.PREFIX}test{os.getpid()}-0"
+    left = f"{trees()['pids'].own}/{fs.PREFIX}{ID}0"
     os.mkdir(left)
     fs.write(f"{left}/pids.max", "3")
     job = jobs.create()
@@ -217,7 +220,7 @@ def test_what_the_kernel_refuses_leaves_nothing(world: str, monkeypatch: pytest.
     monkeypatch.setattr(cgroup_plan.v1, "check", lambda *args: [])
     monkeypatch.setattr(cgroup_plan.cgroup_place, "check", lambda *args: None)
     with pytest.raises(LimitError, match=r"--cpuset: the kernel refused '4095'.*cpuset\.cpus") as error:
-        JobCgroup.create("test-refused", Limits(cpuset="4095"))
+        JobCgroup.create(f"{ID}refused", Limits(cpuset="4095"))
     assert error.value.hint
     assert ours() == before
 
@@ -269,6 +272,8 @@ def test_a_job_within_its_memory_is_left_alone(jobs: Jobs, tmp_path: Path) -> No
     with file.open("wb") as out:
         for _ in range(128):
             out.write(bytes(MIB))
+        out.flush()
+        os.fsync(out.fileno())
     job = jobs.create(Limits(memory=48 * MIB))
 
     def work() -> None:
@@ -307,7 +312,7 @@ def test_a_limit_above_the_job_holds_too(world: str) -> None:
     memory = trees().get("memory")
     if memory is None:
         pytest.skip("memory is not in v1 here")
-    slot = f"{memory.own}/{fs.PREFIX}test-slot"
+    slot = f"{memory.own}/{fs.PREFIX}{ID}slot"
     os.mkdir(slot)
     fs.write(f"{slot}/memory.limit_in_bytes", str(48 * MIB))
     pid = os.fork()
@@ -401,7 +406,7 @@ def test_processor_set_holds(jobs: Jobs) -> None:
 def test_processors_that_are_not_there_are_refused_before_anything_is_made(world: str) -> None:
     before = ours()
     with pytest.raises(LimitError, match="processor 4095 is not to be had") as error:
-        JobCgroup.create("test-cpus", Limits(cpuset="0,4095"))
+        JobCgroup.create(f"{ID}cpus", Limits(cpuset="0,4095"))
     assert str(error.value.hint).startswith("choose among 0")
     assert ours() == before
 
@@ -696,7 +701,7 @@ def test_leftovers_of_a_supervisor_killed_while_making_them(world: str, tmp_path
             make(path)
 
         cgroup_dirs.make = make_some
-        JobCgroup.create("test-half", Limits(), announce=lambda paths: record.write_text("\n".join(paths)) and None)
+        JobCgroup.create(f"{ID}half", Limits(), announce=lambda paths: record.write_text("\n".join(paths)) and None)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == -signal.SIGKILL
     paths = record.read_text().splitlines()
     assert sum(os.path.isdir(path) for path in paths) == made
@@ -790,7 +795,7 @@ def apart(flags: int, work: Callable[[], object], uid: int = 0) -> int:
                 sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
             work()
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 (the child of a fork must not go on as the test)
             import traceback
 
             traceback.print_exc()
@@ -815,7 +820,7 @@ def test_an_ordinary_user_is_refused_what_cannot_be_kept() -> None:
         with pytest.raises(LimitError, match="--memory and --swap cannot be enforced") as error:
             cgroup.check_limits(Limits(memory=64 * MIB, swap=0))
         assert error.value.hint
-        job = JobCgroup.create("test-user", Limits())
+        job = JobCgroup.create(f"{ID}user", Limits())
         assert job.paths == ()
         assert set(job.usage()) == {None}
         job.remove()
@@ -832,7 +837,7 @@ def test_read_only_mounts_are_told() -> None:
             mount("-o", "remount,bind,ro", tree.mount)
         with pytest.raises(LimitError, match=r"--pids cannot be enforced: .* is mounted read-only"):
             cgroup.check_limits(Limits(pids=10))
-        assert JobCgroup.create("test-ro", Limits()).paths == ()
+        assert JobCgroup.create(f"{ID}ro", Limits()).paths == ()
 
     assert apart(sc.CLONE_NEWNS, work) == 0
 
@@ -845,7 +850,7 @@ def test_a_missing_mount_is_told() -> None:
         mount("-t", "tmpfs", "none", trees()["pids"].mount)
         with pytest.raises(LimitError, match="no cgroup hierarchy with the pids controller is visible"):
             cgroup.check_limits(Limits(pids=10))
-        job = JobCgroup.create("test-missing", Limits())
+        job = JobCgroup.create(f"{ID}missing", Limits())
         assert job.paths
         assert job.usage().pids_peak is None
         job.remove()
@@ -855,7 +860,7 @@ def test_a_missing_mount_is_told() -> None:
 
 def test_a_bind_mounted_sub_root_is_found(tmp_path: Path) -> None:
     """A container without a cgroup namespace sees its own cgroup as the root of the mount."""
-    outer = JobCgroup.create("test-outer", Limits())
+    outer = JobCgroup.create(f"{ID}outer", Limits())
 
     def work() -> None:
         for path in outer.paths:
@@ -866,10 +871,10 @@ def test_a_bind_mounted_sub_root_is_found(tmp_path: Path) -> None:
         for tree in fs.discover():
             if tree.own == tree.mount and tree.controllers[:1] != ("cpu",):
                 assert os.path.exists(f"{tree.own}/cgroup.procs")
-        job = JobCgroup.create("test-inner", Limits(pids=10))
-        assert any(path.endswith(f"/{fs.PREFIX}test-inner") for path in job.paths)
+        job = JobCgroup.create(f"{ID}inner", Limits(pids=10))
+        assert any(path.endswith(f"/{fs.PREFIX}{ID}inner") for path in job.paths)
         membership = fs.parse_membership(fs.read("/proc/self/cgroup"))
-        assert membership.get("pids", membership.get("", "")).endswith(f"{fs.PREFIX}test-outer")
+        assert membership.get("pids", membership.get("", "")).endswith(f"{fs.PREFIX}{ID}outer")
         job.remove()
 
     try:
@@ -881,7 +886,7 @@ def test_a_bind_mounted_sub_root_is_found(tmp_path: Path) -> None:
 
 def test_a_cgroup_namespace(tmp_path: Path) -> None:
     """Inside one, mounts of before lie outside of it; new ones show the own cgroup as the root."""
-    outer = JobCgroup.create("test-outer", Limits())
+    outer = JobCgroup.create(f"{ID}outer", Limits())
 
     def work() -> None:
         for path in outer.paths:
@@ -899,7 +904,7 @@ def test_a_cgroup_namespace(tmp_path: Path) -> None:
         seen = [tree for tree in fs.discover() if tree.mount.startswith(str(tmp_path))]
         assert len(seen) == len(outer.paths)
         assert all(tree.own == tree.mount for tree in seen)
-        job = JobCgroup.create("test-inner", Limits(pids=10))
+        job = JobCgroup.create(f"{ID}inner", Limits(pids=10))
         assert any(path.startswith(str(tmp_path)) for path in job.paths)
         job.remove()
 

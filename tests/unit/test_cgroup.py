@@ -534,7 +534,7 @@ def test_recorded_paths_outside_of_cgroup_file_systems_are_ignored(tmp_path: Pat
 def test_patience_ends(tmp_path: Path) -> None:
     (tmp_path / "imgrun-x").mkdir()
     (tmp_path / "imgrun-x/file").write_text("")
-    with pytest.raises(HostError, match="still in use: .*imgrun-x"):
+    with pytest.raises(HostError, match=r"still in use: .*imgrun-x"):
         cgroup_dirs.remove_patiently([str(tmp_path / "imgrun-x")], 0.05)
 
 

@@ -322,9 +322,7 @@ def test_an_end_that_cannot_be_read_is_refused(images: Images, tmp_path: Path) -
         ("ssv state 0", False, "cleanly"),
     ],
 )
-def test_an_unclean_ext4_is_told(
-    images: Images, tmp_path: Path, commands: str, replayable: bool, words: str
-) -> None:
+def test_an_unclean_ext4_is_told(images: Images, tmp_path: Path, commands: str, replayable: bool, words: str) -> None:
     path = images.copy(images.filesystem("ext4"), tmp_path / "image")
     run("debugfs", "-w", "-R", commands, path)
     info = image.probe(str(path))

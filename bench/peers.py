@@ -1,0 +1,126 @@
+"""How the others run a command in a directory that holds a root file system."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bench.harness import Unavailable, last_line, run
+from bench.place import Place
+
+Build = Callable[[Place, Sequence[str]], list[str]]
+
+
+class Peer(NamedTuple):
+    """``build`` gives the words that run a command in the place's tree, with whatever files they need written."""
+
+    name: str
+    build: Build
+    clean_up: Callable[[Place], None] = lambda place: None
+
+
+REFERENCE = "systemd-nspawn -D"
+BWRAP = "bwrap"
+
+
+def bwrap(place: Place, command: Sequence[str]) -> list[str]:
+    """All namespaces but the network's, as a job has them."""
+    mounts = ["--bind", place.tree, "/", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    return ["bwrap", "--unshare-all", "--share-net", "--hostname", "job", "--die-with-parent", *mounts, *command]
+
+
+def nspawn(place: Place, command: Sequence[str], *more: str) -> list[str]:
+    # No machine registration: there need not be a systemd here. The tree stays as it is.
+    flags = ["--quiet", "--register=no", "--keep-unit", "--resolv-conf=off", "--timezone=off", "--console=pipe"]
+    return ["systemd-nspawn", *flags, *more, "-D", place.tree, *command]
+
+
+def nspawn_like_ours(place: Place, command: Sequence[str]) -> list[str]:
+    return nspawn(place, command, "--volatile=overlay", "--private-users=pick", "--private-users-ownership=off")
+
+
+def _oci(place: Place, command: Sequence[str], runtime: str) -> list[str]:
+    bundle = f"{place.directory}/bundle-{runtime}"
+    os.makedirs(bundle, exist_ok=True)
+    config = f"{bundle}/config.json"
+    if not os.path.exists(config):
+        subprocess.run([runtime, "spec", "--bundle", bundle], check=True)
+    with open(config, encoding="utf-8") as f:
+        spec = json.load(f)
+    spec["process"] |= {"args": list(command), "terminal": False}
+    spec["root"] = {"path": place.tree, "readonly": False}
+    with open(config, "w", encoding="utf-8") as f:
+        json.dump(spec, f)
+    state = f"{place.directory}/state-{runtime}"
+    return [runtime, "--root", state, "run", "--bundle", bundle, f"imgrun-bench-{os.getpid()}"]
+
+
+def runc(place: Place, command: Sequence[str]) -> list[str]:
+    return _oci(place, command, "runc")
+
+
+def crun(place: Place, command: Sequence[str]) -> list[str]:
+    return _oci(place, command, "crun")
+
+
+def podman(place: Place, command: Sequence[str], *more: str) -> list[str]:
+    flags = ["--rm", "--network=host", f"--cgroup-parent=/imgrun-bench-{os.getpid()}"]
+    return [*_podman(place), "run", *flags, *more, "--rootfs", place.tree, *command]
+
+
+def podman_with_limits(place: Place, command: Sequence[str]) -> list[str]:
+    """Where it may not raise its own limits."""
+    return podman(place, command, "--ulimit=nofile=1000:1000", "--ulimit=nproc=1000:1000")
+
+
+def podman_with_runc(place: Place, command: Sequence[str]) -> list[str]:
+    words = podman_with_limits(place, command)
+    return [words[0], "--runtime=runc", *words[1:]]
+
+
+def _podman(place: Place) -> list[str]:
+    at = f"{place.directory}/podman"
+    return ["podman", f"--root={at}/root", f"--runroot={at}/run", f"--tmpdir={at}/tmp", "--cgroup-manager=cgroupfs"]
+
+
+def _clean_up_podman(place: Place) -> None:
+    """It leaves a mount of its storage on itself, and the parent of its cgroups."""
+    from glob import glob
+
+    subprocess.run(["umount", "--lazy", f"{place.directory}/podman/root/overlay"], check=False, stderr=subprocess.DEVNULL)
+    for directory in glob(f"/sys/fs/cgroup/*/imgrun-bench-{os.getpid()}"):
+        os.rmdir(directory)
+
+
+PEERS: dict[str, tuple[Peer, ...]] = {
+    REFERENCE: (Peer("", nspawn),),
+    "systemd-nspawn -D, own user namespace, overlay": (Peer("", nspawn_like_ours),),
+    "runc run": (Peer("", runc),),
+    "crun run": (Peer("", crun),),
+    "podman run --rootfs": (
+        Peer("", podman, _clean_up_podman),
+        Peer("lower ulimits", podman_with_limits, _clean_up_podman),
+        Peer("lower ulimits, runc", podman_with_runc, _clean_up_podman),
+    ),
+    BWRAP: (Peer("", bwrap),),
+}
+"""By the name in the report; of several ways, the first one that works on this host is taken."""
+
+
+def choose(place: Place, name: str) -> Peer:
+    """The way to run this peer here, seen to run a command in the root. Raises Unavailable with its words."""
+    reason = ""
+    for peer in PEERS[name]:
+        try:
+            # An exit status that only the command itself can have given.
+            ended = run(peer.build(place, ["/bin/sh", "-c", "test -e /etc/os-release && exit 42"]))
+        except FileNotFoundError as e:
+            raise Unavailable(f"{e.filename} is not installed") from e
+        if ended.code == 42:
+            return peer
+        peer.clean_up(place)
+        reason = last_line(ended.stderr)
+    raise Unavailable(f"it refuses on this host: {reason}")
