@@ -16,18 +16,36 @@ from typing import Any
 
 from imgrun.errors import HostError, ImgrunError, JobNotFound, NameInUse, NoSpace, PrivilegeError
 from imgrun.storage.trees import remove_tree
+from imgrun.syscalls import OVERLAYFS_SUPER_MAGIC, fs_magic
 
 ID_BYTES = 6
 
 
 def default_root() -> str:
-    """IMGRUN_STATE_DIR, else /var/lib/imgrun for root and $XDG_STATE_HOME/imgrun for others."""
+    """IMGRUN_STATE_DIR, else /var/lib/imgrun for root and $XDG_STATE_HOME/imgrun for others.
+
+    In a container whose root is an overlay, as in a job of imgrun's, both are of no use for the scratch of a job, since
+    an overlay cannot be the upper layer of another: there it is a directory in /var/tmp.
+    """
     if chosen := os.environ.get("IMGRUN_STATE_DIR"):
         return os.path.abspath(chosen)
     if os.geteuid() == 0:
-        return "/var/lib/imgrun"
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return os.path.join(home, "imgrun")
+        usual = "/var/lib/imgrun"
+    else:
+        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        usual = os.path.join(home, "imgrun")
+    if _on_overlay(usual) and not _on_overlay("/var/tmp"):
+        return f"/var/tmp/imgrun-{os.geteuid()}"
+    return usual
+
+
+def _on_overlay(path: str) -> bool:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    try:
+        return fs_magic(path) == OVERLAYFS_SUPER_MAGIC
+    except OSError:
+        return False
 
 
 def state_error(e: OSError, path: str) -> ImgrunError:

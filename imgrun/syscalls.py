@@ -73,6 +73,8 @@ PR_SET_NAME = 15
 
 CLOSE_RANGE_CLOEXEC = 4
 
+OVERLAYFS_SUPER_MAGIC = 0x794C7630
+
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_DIRECT_IO = 16
@@ -109,6 +111,11 @@ def setns(fd: int, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     _checked(_lib.ig_pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
+def fs_magic(path: str) -> int:
+    """The number that names the kind of file system ``path`` is on (statfs(2), f_type)."""
+    return _checked(_lib.ig_fs_magic(os.fsencode(path)), path)
 
 
 def umount(target: str, flags: int = 0) -> None:

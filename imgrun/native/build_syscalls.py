@@ -14,6 +14,7 @@ ffibuilder.cdef(
     long ig_unshare(int flags);
     long ig_setns(int fd, int flags);
     long ig_pivot_root(const char *new_root, const char *put_old);
+    long ig_fs_magic(const char *path);
     long ig_umount2(const char *target, int flags);
     long ig_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
     long ig_open_tree(int dirfd, const char *path, unsigned int flags);
@@ -58,6 +59,7 @@ ffibuilder.set_source(
     #include <unistd.h>
     #include <sys/ioctl.h>
     #include <sys/syscall.h>
+    #include <sys/vfs.h>
     #include <linux/capability.h>
     #include <linux/keyctl.h>
     #include <linux/loop.h>
@@ -102,6 +104,12 @@ ffibuilder.set_source(
 
     static long ig_unshare(int flags) { RESULT(syscall(SYS_unshare, flags)); }
     static long ig_setns(int fd, int flags) { RESULT(syscall(SYS_setns, fd, flags)); }
+    static long ig_fs_magic(const char *path)
+    {
+        struct statfs status;
+        return statfs(path, &status) < 0 ? -(long)errno : (long)status.f_type;
+    }
+
     static long ig_pivot_root(const char *new_root, const char *put_old)
     { RESULT(syscall(SYS_pivot_root, new_root, put_old)); }
     static long ig_umount2(const char *target, int flags) { RESULT(syscall(SYS_umount2, target, flags)); }

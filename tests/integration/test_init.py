@@ -709,7 +709,8 @@ def test_what_cannot_be_executed(start: Start, tmp_path: Path) -> None:
 
 def test_malformed_arguments(start: Start) -> None:
     for index, bad in (
-        (1, "anchor"), (3, "-1"), (3, "4294967295"), (3, ""), (4, "x"), (5, "1,"), (5, "1x2"), (5, "1 2"), (5, "1,,2"), (5, "a"), (6, "7:1"),
+        (1, "anchor"), (3, "-1"), (3, "4294967295"), (3, ""), (4, "x"), (5, "1,"), (5, "1x2"), (5, "1 2"), (5, "1,,2"),
+        (5, "a"), (6, "7:1"),
         (6, "7:1:2,x"), (6, "7:1:99999999999999999999"),
     ):  # fmt: skip
 

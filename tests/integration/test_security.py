@@ -165,10 +165,7 @@ def libc_checked(function: str, *args: object) -> None:
 @pytest.fixture
 def privileged_cat(tmp_path: Path) -> dict[str, str]:
     """Copies of cat: one set-uid root, one with file capabilities."""
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.stat().st_mode & 0o001 == 0 and parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o011)
+    open_to_all(tmp_path)
     found = {}
     for name in ("setuid", "capable"):
         path = tmp_path / name
@@ -236,7 +233,6 @@ def mount_proc(directory: str) -> None:
 
 
 def test_a_user_namespace_protects_proc_by_itself(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o755)
     written = [
         "sys/kernel/core_pattern", "sys/kernel/modprobe", "sys/vm/drop_caches", "sys/fs/nr_open", "sysrq-trigger",
         "irq/default_smp_affinity",
@@ -257,9 +253,7 @@ def test_a_user_namespace_protects_proc_by_itself(tmp_path: Path) -> None:
     assert in_child(work, UNMASKED) == "{}"
 
 
-def test_an_unmasked_proc_can_be_mounted_again_by_a_nested_user_namespace(tmp_path: Path) -> None:
-    directory = open_to_all(tmp_path)
-
+def test_an_unmasked_proc_can_be_mounted_again_by_a_nested_user_namespace() -> None:
     def nested() -> object:
         sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
         context = sc.fsopen("proc")
@@ -278,7 +272,6 @@ def test_an_unmasked_proc_can_be_mounted_again_by_a_nested_user_namespace(tmp_pa
         os.close(pid_writing)
         return os.read(pid_reading, 100).decode()
 
-    assert directory
     assert in_child(work, UNMASKED) == "mounted"
 
 
