@@ -15,10 +15,9 @@ Build = Callable[[Place, Sequence[str]], list[str]]
 
 
 class Peer(NamedTuple):
-    """``build`` gives the words that run a command in the place's tree, with whatever files they need written."""
+    """``ways`` give the words that run a command in the place's tree, writing the files they need; one of them may work."""
 
-    name: str
-    build: Build
+    ways: tuple[Build, ...]
     clean_up: Callable[[Place], None] = lambda place: None
 
 
@@ -95,32 +94,26 @@ def _clean_up_podman(place: Place) -> None:
         os.rmdir(directory)
 
 
-PEERS: dict[str, tuple[Peer, ...]] = {
-    REFERENCE: (Peer("", nspawn),),
-    "systemd-nspawn -D, own user namespace, overlay": (Peer("", nspawn_like_ours),),
-    "runc run": (Peer("", runc),),
-    "crun run": (Peer("", crun),),
-    "podman run --rootfs": (
-        Peer("", podman, _clean_up_podman),
-        Peer("lower ulimits", podman_with_limits, _clean_up_podman),
-        Peer("lower ulimits, runc", podman_with_runc, _clean_up_podman),
-    ),
-    BWRAP: (Peer("", bwrap),),
+PEERS = {
+    REFERENCE: Peer((nspawn,)),
+    "systemd-nspawn -D, own user namespace, overlay": Peer((nspawn_like_ours,)),
+    "runc run": Peer((runc,)),
+    "crun run": Peer((crun,)),
+    "podman run --rootfs": Peer((podman, podman_with_limits, podman_with_runc), _clean_up_podman),
+    BWRAP: Peer((bwrap,)),
 }
-"""By the name in the report; of several ways, the first one that works on this host is taken."""
 
 
-def choose(place: Place, name: str) -> Peer:
-    """The way to run this peer here, seen to run a command in the root. Raises Unavailable with its words."""
+def choose(place: Place, name: str) -> Build:
+    """The way to run this peer that works here, seen to run a command in the root. Raises Unavailable with its words."""
     reason = ""
-    for peer in PEERS[name]:
+    for way in PEERS[name].ways:
         try:
             # An exit status that only the command itself can have given.
-            ended = run(peer.build(place, ["/bin/sh", "-c", "test -e /etc/os-release && exit 42"]))
+            ended = run(way(place, ["/bin/sh", "-c", "test -e /etc/os-release && exit 42"]))
         except FileNotFoundError as e:
             raise Unavailable(f"{e.filename} is not installed") from e
         if ended.code == 42:
-            return peer
-        peer.clean_up(place)
+            return way
         reason = last_line(ended.stderr)
     raise Unavailable(f"it refuses on this host: {reason}")

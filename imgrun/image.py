@@ -23,6 +23,7 @@ from imgrun.errors import (
     PartitionError,
     PrivilegeError,
 )
+from imgrun.helper import Helper
 from imgrun.storage import disk, fuse, lock, loop, mount, superblock
 from imgrun.storage.blkid import Partition, signature
 from imgrun.storage.guest import OsInfo, check_architecture, has_os_release, identify
@@ -97,7 +98,7 @@ class Image:
         self.access = access
         self.lock_fd = lock_fd
         self.device = device
-        self.server: fuse.Server | None = None
+        self.server: Helper | None = None
         """The process that serves the file system, where the kernel may not; when it dies, so does the job."""
         self._serve_in = serve_in
         self.warnings: list[str] = []
@@ -378,7 +379,7 @@ def _root_subvolume(top: int) -> str | None:
     return None
 
 
-def _serve(fd: int, info: ImageInfo, directory: str, *, read_only: bool) -> tuple[int, fuse.Server]:
+def _serve(fd: int, info: ImageInfo, directory: str, *, read_only: bool) -> tuple[int, Helper]:
     driver = superblock.DRIVERS[info.fstype or ""]
     return fuse.serve(driver, fd, info.offset, writable=not read_only, directory=directory, name=info.name)
 
@@ -386,7 +387,7 @@ def _serve(fd: int, info: ImageInfo, directory: str, *, read_only: bool) -> tupl
 @contextmanager
 def _peek(fd: int, info: ImageInfo, direct_io: bool, serve_in: str | None) -> Iterator[int]:
     """The root of a file system to be looked at, read-only, past an unfinished journal."""
-    server: fuse.Server | None = None
+    server: Helper | None = None
     device: loop.Device | None = None
     root = -1
     try:

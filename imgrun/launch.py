@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
 from imgrun.errors import CommandNotFound, ImgrunError, PrivilegeError, SpecError
+from imgrun.helper import Helper
 from imgrun.image import open_image
-from imgrun.isolation import limits, namespaces, rootless, security, userns
+from imgrun.isolation import limits, namespaces, network, rootless, security, userns
 from imgrun.isolation.cgroup import JobCgroup
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source
@@ -24,7 +25,6 @@ from imgrun.plan import Plan, build_plan
 from imgrun.result import Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
-from imgrun.storage.fuse import Server
 from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
 
@@ -53,7 +53,8 @@ class Launch:
         self.rootless = False
         self.setup_seconds = (0.0, 0.0)
         """User and system time that the first process took before it became the job's init; not the job's use."""
-        self.server: Server | None = None
+        self.server: Helper | None = None
+        self._pasta = ""
         self.init_stop_signal: int | None = None
         self.plan: Plan | None = None
         self._undo: list[Callable[[], None]] = []
@@ -75,6 +76,7 @@ class Launch:
         """Take everything the job needs. Raises the error of whatever cannot be had; ``close`` gives back the rest."""
         spec = self.spec
         limits.check(spec.rlimits)
+        self._pasta = network.find_pasta() if spec.network == "private" else ""
         self._become_root()
         image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
         self._undo.append(image.close)
@@ -250,6 +252,10 @@ class Launch:
         """Give the first process its ids and let it go on; our copies of the mounts are closed."""
         if self._ids is not None and not self.rootless:
             userns.write_maps(self.pid, self._ids)
+        if self._pasta:
+            log = f"{self.job.path}/pasta.log"
+            helper = network.connect_private(self._pasta, self.pid, log, as_root=not self.rootless)
+            self._undo.append(helper.close)
         try:
             self.channel.send({"go": True})
         except OSError:

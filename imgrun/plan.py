@@ -6,6 +6,7 @@ One plan serves execution, ``--dry-run`` and the debug log.
 from __future__ import annotations
 
 from imgrun.isolation import mounts as m
+from imgrun.isolation.network import NAMESERVER
 from imgrun.isolation.sources import Bind, HostSys, OtherImage, Source
 from imgrun.spec import JobSpec
 
@@ -27,10 +28,12 @@ def hosts_file(hostname: str) -> bytes:
     return f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 {hostname}\n".encode()
 
 
-def resolv_conf(own_network: bool) -> bytes:
-    """The host's own, as far as it means the same in the job; without a network, none."""
-    if own_network:
+def resolv_conf(network: str) -> bytes:
+    """The host's own where the network is, else that of the network there is."""
+    if network == "none":
         return b"# no network in this job\n"
+    if network == "private":
+        return f"nameserver {NAMESERVER}\n".encode()
     try:
         with open("/etc/resolv.conf", "rb") as f:
             return f.read(1 << 16)
@@ -63,7 +66,7 @@ def build_plan(
     ops += [
         m.EtcFile("hostname", f"{hostname}\n".encode()),
         m.EtcFile("hosts", hosts_file(hostname)),
-        m.EtcFile("resolv.conf", resolv_conf(own_network)),
+        m.EtcFile("resolv.conf", resolv_conf(spec.network)),
     ]
     # Shorter targets first, so that a mount on a directory never hides one inside it.
     for i, mount in enumerate(sorted(spec.mounts, key=lambda mount: mount.dst.count("/"))):

@@ -18,7 +18,7 @@ from imgrun.units import format_cpu_list, parse_cpu_list, parse_duration, parse_
 RootMode = Literal["overlay", "writable", "read-only"]
 Userns = Literal["auto", "off"]
 Init = Literal["shim", "none", "image"]
-Network = Literal["host", "none"]
+Network = Literal["host", "none", "private"]
 Seccomp = Literal["off", "default"]
 Pmu = Literal["auto", "off", "require"]
 
@@ -26,7 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "root": ("overlay", "writable", "read-only"),
     "userns": ("auto", "off"),
     "init": ("shim", "none", "image"),
-    "network": ("host", "none"),
+    "network": ("host", "none", "private"),
     "seccomp": ("off", "default"),
 }
 LIMIT_KEYS = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "io_max", "time_limit", "rlimits")

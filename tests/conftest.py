@@ -7,11 +7,14 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from command import Imgrun
-from images import Images
-from leaks import Leaks
 
-pytest_plugins = ("images",)
+pytest.register_assert_rewrite("command", "images", "leaks")
+
+from command import Imgrun  # noqa: E402
+from images import Images, images  # noqa: E402
+from leaks import Leaks  # noqa: E402
+
+__all__ = ["images"]
 
 REQUIRED = os.environ.get("IMGRUN_CI_REQUIRE", "") not in ("", "0")
 
@@ -85,8 +88,7 @@ def state_dir(nothing_left: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def records(state: Path) -> list[str]:
     """All that is kept of jobs in a state directory, by relative paths."""
-    found = [*state.glob("*/*"), *state.glob("*/.*")]
-    return sorted(str(path.relative_to(state)) for path in found)
+    return sorted(str(path.relative_to(state)) for path in state.glob("*/*"))
 
 
 @pytest.fixture(scope="session")

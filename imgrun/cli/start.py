@@ -74,7 +74,7 @@ choice = click.Choice
     "isolation",
     option("--userns", type=choice(CHOICES["userns"]), help="A user namespace of its own (auto), or the host's ids."),
     option("--init", type=choice(CHOICES["init"]), help="Who is PID 1: our shim, the command, or the image's init."),
-    option("--network", type=choice(CHOICES["network"]), help="The host's network, or loopback only."),
+    option("--network", type=choice(CHOICES["network"]), help="The host's network, loopback only, or a private one by pasta."),
     option("--seccomp", type=choice(CHOICES["seccomp"]), help="A filter of system calls; such a job cannot be frozen."),
 )
 @group(

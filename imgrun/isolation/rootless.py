@@ -103,6 +103,8 @@ def enter() -> tuple[IdMap, list[str]]:
         )
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
+    # Gaining capabilities closed our /proc directory to the caller's other processes, as pasta, which need it.
+    sc.prctl(sc.PR_SET_DUMPABLE, 1)
     try:
         sc.unshare(sc.CLONE_NEWNS)
     except OSError as e:

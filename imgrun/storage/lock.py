@@ -1,9 +1,9 @@
-"""One writer or many readers of an image, for as long as the process that asked lives.
+"""One writer or many readers of an image, until the last of their processes and mounts is gone.
 
 The lock is flock(2) on the image itself: nothing is left behind when its holder is killed, and it holds on a network
-file system as well. What a killed holder may still have is a mount, and with it a loop device, for the moment that the
-kernel takes to undo them; and other tools attach images without any lock. So the loop devices bound to the image are
-asked too.
+file system as well. A loop device keeps the descriptor that it was bound with, and so the lock, until it is freed: a
+killed holder's mounts are covered for the moment that the kernel takes to undo them. Other tools attach images without
+any lock, so the loop devices bound to the image are asked too.
 """
 
 from __future__ import annotations
@@ -81,11 +81,13 @@ def holders(fd: int) -> list[int]:
 def _locked(fd: int, path: str, exclusive: bool) -> ImageBusy:
     pids = holders(fd)
     who = f" by process {', '.join(map(str, pids[:4]))}{', ...' if len(pids) > 4 else ''}" if pids else ""
+    if not who:
+        who = "".join(f", still attached to /dev/loop{binding.number}" for binding in loop.bindings(fd)[:1])
     if exclusive:
         return ImageBusy(
             f"{path} is in use{who}, and writing into it excludes all others",
             "wait for that to end ('imgrun ps'), or run without --writable, or on a copy",
         )
     return ImageBusy(
-        f"{path} is in use{who}, which writes into it", "wait for that to end ('imgrun ps'), or use a copy of the image"
+        f"{path} is in use{who}, for writing into it", "wait for that to end ('imgrun ps'), or use a copy of the image"
     )

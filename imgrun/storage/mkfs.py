@@ -79,9 +79,7 @@ def _ext(tools: Tools, content: Content, target: str, options: ImageOptions) -> 
         "-I", "256", "-m", "0", "-N", str(inodes), "-E", ",".join(extended), "-d", content.tree,
         *_optional("-L", options.label), *_optional("-U", options.uuid), target,
     ]  # fmt: skip
-    epoch = source_date()
-    # Until 1.47.1 mke2fs had only this name for it.
-    tools.run(command, as_owner=True, env={} if epoch is None else {"E2FSPROGS_FAKE_TIME": str(epoch)})
+    tools.run(command, as_owner=True)
 
 
 def _btrfs(tools: Tools, content: Content, target: str, options: ImageOptions) -> None:

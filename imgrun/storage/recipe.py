@@ -19,7 +19,7 @@ A recipe is a TOML file. Only ``source.type`` is required; unknown keys are refu
     size = "auto"                      or "2G": of the file system; "auto" leaves room to grow
     table = "none"                     none, gpt or mbr: bare file system, or a disk with one partition
     label = "root"                     of the file system, and of the partition on gpt
-    uuid = "..."                       fixes what would be random, for images that can be built again exactly
+    uuid = "..."                       instead of a random one
     sparse = true                      false: every block of the image file has its place on the disk
 
     [files]                            what to add: a text, or a table of content or link, and mode
@@ -29,6 +29,9 @@ A recipe is a TOML file. Only ``source.type`` is required; unknown keys are refu
 
     [setup]
     remove = ["/usr/share/doc/*"]      shell patterns
+
+With a uuid, and with SOURCE_DATE_EPOCH in the environment, the same content gives the same squashfs or erofs image to the
+byte. The other formats record when they were made.
 """
 
 from __future__ import annotations
