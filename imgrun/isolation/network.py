@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import _socket
 import fcntl
+import os
 import shutil
 import struct
 
@@ -50,12 +51,16 @@ def connect_private(program: str, pid: int, log: str, *, as_root: bool) -> Helpe
     argv = [program, "--foreground", "--quiet", "--config-net", "--no-map-gw", "--dns-forward", NAMESERVER]
     for forward in ("-t", "-u", "-T", "-U"):
         argv += [forward, "none"]
+    keep: tuple[int, ...] = ()
     if as_root:
-        argv += ["--runas", "0"]
-    argv += ["--netns", f"/proc/{pid}/ns/net"]
-    if as_root:
-        argv += ["--userns", f"/proc/{pid}/ns/user"]
-    pasta = Helper.run(argv, log)
+        argv += ["--runas", "0", "--netns", f"/proc/{pid}/ns/net", "--userns", f"/proc/{pid}/ns/user"]
+    else:
+        # By descriptor: pasta itself may not look into /proc of a process that has more capabilities.
+        keep = (os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC),)
+        argv += ["--netns", f"/proc/self/fd/{keep[0]}"]
+    pasta = Helper.run(argv, log, keep)
+    for fd in keep:
+        os.close(fd)
     try:
         if pasta.await_ready(lambda: _has_default_route(pid), PASTA_SECONDS):
             return pasta
