@@ -18,10 +18,10 @@ OUTPUT = f"{REPOSITORY}/docs/benchmarks.md"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./dev bench", description="Measure imgrun against its peers, and say so in a report.")
+    parser = argparse.ArgumentParser(prog="./dev bench", description="Measure imgrun against its peers.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"only these: {', '.join(QUESTIONS)}")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, in less than a minute; only printed")
-    parser.add_argument("--output", metavar="FILE", help="where to write the report (docs/benchmarks.md, when all of it is run)")
+    parser.add_argument("--output", metavar="FILE", help="write the report there (default, for a full run: docs/benchmarks.md)")
     parser.add_argument("--json", metavar="FILE", help="write every single measurement there")
     given = parser.parse_args()
     if unknown := set(given.questions) - set(QUESTIONS):
@@ -43,7 +43,7 @@ def main() -> int:
     return 0
 
 
-def measure(questions: list[str], *, quick: bool) -> tuple[str, dict[str, object]]:
+def measure(questions: list[str], *, quick: bool) -> tuple[str, object]:
     """Run the questions; the report, which is printed as it grows, and all measurements for JSON."""
     began = time.monotonic()
     sections: list[Section] = []
@@ -74,17 +74,11 @@ def _head(place: Place) -> list[str]:
     table = Table("machine", "")
     for name, value in machine.facts(place.directory):
         table.row(name, value)
-    kind = "quick, so rough" if place.quick else "full"
-    return [
-        "# Benchmarks",
-        "",
-        f"Written by `./dev bench` (a {kind} run), all in one run on one machine: the runs of what is compared are interleaved, after"
-        f" a warm-up; figures are medians. The load average was {machine.load():.1f} at the start: other work on the machine makes"
-        " all figures larger, and ratios less exact.",
-        "",
-        *table.lines(),
-        "",
-    ]
+    kind = "a quick run, so rough" if place.quick else "a full run"
+    words = f"""Written by `./dev bench` ({kind}), all in one go on one machine: the runs of what is compared are interleaved,
+        after a warm-up; figures are medians. The load average was {machine.load():.1f} at the start: other work on the
+        machine makes all figures larger, and ratios less exact."""
+    return ["# Benchmarks", "", " ".join(words.split()), "", *table.lines(), ""]
 
 
 def _record(outcome: Outcome) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bench import peers
 from bench.harness import Outcome, Unavailable, interleave, run_checked
 from bench.place import Place
-from bench.report import Section, Table, mebibytes, milliseconds
+from bench.report import Section, Table, size, milliseconds
 
 if TYPE_CHECKING:
     from imgrun import Job
@@ -39,8 +39,9 @@ def measure(place: Place) -> Section:
     section = Section(TITLE)
     count = JOBS[place.quick]
     section.say(
-        f"{count} jobs of `sleep` on one image, which they share: one loop device, one page cache. PSS counts a page that"
-        " several processes share in parts; the supervisor is a Python process outside the job, the shim is its PID 1 and reaper."
+        f"""{count} jobs of `sleep` on one image, which they share: one loop device, one page cache. PSS counts a page that
+        several processes share in parts; the supervisor is a Python process outside the job, the shim is its PID 1 and
+        reaper. `end of all`: from the first kill until no job and no record is left."""
     )
     ways = [Way(f"{name}, {parallel} at a time", start, parallel) for name, start, parallel in _starters()]
     cases = {way.name: (lambda way=way: _fill_and_empty(place, way, count)) for way in ways}
@@ -209,7 +210,9 @@ def _await_command(pid: int) -> None:
 
 
 def _table(ours: Outcome, theirs: Outcome) -> Table:
-    table = Table("way", "starts/s", "first tenth, each", "last tenth, each", "PSS supervisor", "PSS shim", "end of all", "runs")
+    table = Table(
+        "way", "starts/s", "first tenth, each", "last tenth, each", "PSS supervisor", "PSS shim", "end of all", "runs"
+    )
     for outcome in (ours, theirs):
         for case in outcome.values:
             rate = outcome.summary(case, "rate")
@@ -220,8 +223,8 @@ def _table(ours: Outcome, theirs: Outcome) -> Table:
                 f"{rate.median:.1f}",
                 milliseconds(outcome.median(case, "first")),
                 milliseconds(outcome.median(case, "last")),
-                mebibytes(outcome.median(case, "supervisor")),
-                mebibytes(outcome.median(case, "shim")),
+                size(outcome.median(case, "supervisor")),
+                size(outcome.median(case, "shim")),
                 milliseconds(outcome.median(case, "removal")),
                 str(rate.runs),
             )
@@ -236,7 +239,9 @@ def _memory(section: Section, ours: Outcome, theirs: Outcome) -> None:
     private = ours.median(f"{LIBRARY}, 1 at a time", "private")
     reference = theirs.median("bwrap", "supervisor")
     if private is not None and reference is not None:
-        section.find(f"{mebibytes(private)} of a library job's supervisor is its own alone; bwrap's has {mebibytes(reference)}.")
+        section.find(
+            f"{size(private)} of a library job's supervisor is its own alone; bwrap's outer process has {size(reference)}."
+        )
 
 
 def _leftovers(section: Section, outcome: Outcome) -> None:
@@ -244,6 +249,6 @@ def _leftovers(section: Section, outcome: Outcome) -> None:
         return int(max((found.high for case in outcome.values if (found := outcome.summary(case, name))), default=0))
 
     section.find(
-        f"While they ran, the jobs had {worst('loops')} loop device between them; after the end, {worst('left loops')} loop"
-        f" devices and {worst('left groups')} cgroup directories were left."
+        f"""While they ran, the jobs had {worst("loops")} loop device between them; after the end, {worst("left loops")} loop
+        devices and {worst("left groups")} cgroup directories were left."""
     )

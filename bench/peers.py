@@ -81,7 +81,7 @@ def podman_with_runc(place: Place, command: Sequence[str]) -> list[str]:
 
 
 def _podman(place: Place) -> list[str]:
-    at = f"{place.directory}/podman"
+    at = place.short
     return ["podman", f"--root={at}/root", f"--runroot={at}/run", f"--tmpdir={at}/tmp", "--cgroup-manager=cgroupfs"]
 
 
@@ -89,7 +89,7 @@ def _clean_up_podman(place: Place) -> None:
     """It leaves a mount of its storage on itself, and the parent of its cgroups."""
     from glob import glob
 
-    subprocess.run(["umount", "--lazy", f"{place.directory}/podman/root/overlay"], check=False, stderr=subprocess.DEVNULL)
+    subprocess.run(["umount", "--lazy", f"{place.short}/root/overlay"], check=False, stderr=subprocess.DEVNULL)
     for directory in glob(f"/sys/fs/cgroup/*/imgrun-bench-{os.getpid()}"):
         os.rmdir(directory)
 

@@ -25,12 +25,15 @@ class CannotMeasure(Exception):
 
 
 class Place:
-    """A context manager: the forms of the root, and ``directory``, which is gone with everything in it at the end."""
+    """A context manager: the forms of the root, and ``directory``, which is gone with everything in it at the end.
+
+    ``short`` is another such directory, for programs that refuse long paths.
+    """
 
     def __init__(self, *, quick: bool = False) -> None:
         self.quick = quick
         self.cache = os.path.join(_cache(), "bench")
-        self.image = self.tree = self.squashfs = self.directory = ""
+        self.image = self.tree = self.squashfs = self.directory = self.short = ""
         self.imgrun = _command()
 
     @property
@@ -44,11 +47,13 @@ class Place:
         _compile_bytecode()
         self._make_roots()
         self.directory = tempfile.mkdtemp(prefix="run-", dir=self.cache)
+        self.short = tempfile.mkdtemp(prefix="ib-", dir="/tmp")
         os.environ["IMGRUN_STATE_DIR"] = self.state
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.remove_jobs()
+        shutil.rmtree(self.short)
         shutil.rmtree(self.directory)
 
     def remove_jobs(self) -> None:

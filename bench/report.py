@@ -40,13 +40,14 @@ class Section:
         self.data: dict[str, Outcome] = {}
 
     def say(self, text: str) -> None:
-        self.parts.append(text)
+        """A paragraph; its line breaks and indentation do not matter."""
+        self.parts.append(" ".join(text.split()))
 
     def add(self, table: Table) -> None:
         self.parts.append(table)
 
     def find(self, sentence: str) -> None:
-        self.findings.append(sentence)
+        self.findings.append(" ".join(sentence.split()))
 
     def aim(self, text: str, value: float | None, limit: float, *, unit: str = "x") -> None:
         """A finding about something the project wants to reach: ``value`` at most ``limit``."""
@@ -80,8 +81,11 @@ def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def mebibytes(count: float | None) -> str:
-    return "-" if count is None else f"{count / (1 << 20):.1f} MiB"
+def size(count: float | None) -> str:
+    """Of so many bytes, in the unit that suits it."""
+    if count is None:
+        return "-"
+    return f"{count / (1 << 20):.1f} MiB" if count >= 1 << 20 else f"{count / 1024:.0f} KiB"
 
 
 def ranking(outcome: Outcome, name: str, reference: str, heading: str) -> Table:

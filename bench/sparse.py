@@ -9,7 +9,7 @@ from functools import partial
 
 from bench.harness import Case, Unavailable, interleave
 from bench.place import Place
-from bench.report import Section, matrix, mebibytes
+from bench.report import Section, matrix, size
 from bench.rooms import Room, build_program, forget_cached, in_directory
 
 TITLE = "The price of a sparse loopback device"
@@ -28,11 +28,11 @@ def measure(place: Place) -> Section:
     outcome = interleave(cases(place), rounds=ROUNDS[place.quick], warmups=0 if place.quick else 1, seconds=150)
     section.data["devices"] = outcome
     section.say(
-        f"An empty ext4 in a file, attached and mounted as imgrun does it: {mib} MiB written and made durable for the first time,"
-        f" the same file written over, read with cold caches, and {syncs} writes of 4 KiB at random places in it, each made"
-        " durable. `holes`: the file is sparse; `reserved`: fallocate(2) gave it its blocks; `written`: it was filled with"
-        f" zeros before. In brackets the ratio to a file of the host's file system. {outcome.runs()} runs; the largest over"
-        f" the smallest of one cell was at most {outcome.worst_spread():.1f}."
+        f"""An empty ext4 in a file, attached and mounted as imgrun does it: {mib} MiB written and made durable for the first
+        time, the same file written over, read with cold caches, and {syncs} writes of 4 KiB at random places in it, each
+        made durable. `holes`: the file is sparse; `reserved`: fallocate(2) gave it its blocks; `written`: it was filled
+        with zeros before. In brackets the ratio to a file of the host's file system. {outcome.runs()} runs; the largest
+        over the smallest of one cell was at most {outcome.worst_spread():.1f}."""
     )
     columns = (("first", "first write"), ("again", "written over"), ("read", "read, cold"), ("sync", "durable 4 KiB writes"))
     section.add(matrix(outcome, HOST, columns, "device"))
@@ -41,15 +41,15 @@ def measure(place: Place) -> Section:
         again = outcome.ratio(f"holes, {mode}", f"written, {mode}", "again")
         if first is not None and again is not None:
             section.find(
-                f"With {mode} I/O, the first write into holes takes {first:.2f}x of one into a file that was written before;"
-                f" once written, the two are alike ({again:.2f}x)."
+                f"""With {mode} I/O, the first write into holes takes {first:.2f}x of one into a file that was filled before;
+                written over, {again:.2f}x."""
             )
     gain = outcome.ratio("holes, direct", "holes, buffered", "sync")
     if gain is not None:
         section.find(f"Durable small writes with direct I/O take {gain:.2f}x of the time without it.")
     grown = outcome.median("holes, direct", "allocated")
     if grown is not None:
-        section.find(f"The sparse file took {mebibytes(grown)} of the disk for {mib} MiB of data and its file system.")
+        section.find(f"The sparse file took {size(grown)} of the disk for {mib} MiB of data and its file system.")
     section.refusals(outcome)
     return section
 

@@ -23,8 +23,9 @@ ROUNDS = {False: 40, True: 6}
 def measure(place: Place) -> Section:
     section = Section(TITLE)
     section.say(
-        "`/bin/true` in the same root: from the call to the end of the process. imgrun mounts the image (a loop device, ext4, an"
-        " overlay, a user namespace with id-mapped mounts) and keeps and removes a record; the others are given a directory."
+        """`/bin/true` in the same root: from the call to the end of the process. imgrun mounts the image (a loop device,
+        ext4, an overlay, a user namespace with id-mapped mounts) and keeps and removes a record; the others are given a
+        directory."""
     )
     rounds = ROUNDS[place.quick]
     commands = _measure_commands(place, rounds)

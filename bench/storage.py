@@ -27,11 +27,11 @@ def measure(place: Place) -> Section:
     section.data["rooms"] = outcome
     mib, files, sources = MIB[place.quick], FILES[place.quick], SOURCES[place.quick]
     section.say(
-        f"File work by one small program: {mib} MiB written and made durable, read again from the disk; {files} files of 4 KiB"
-        f" made, looked at and removed; {sources} C files compiled by the root's gcc; all files of /usr read. `cold`: the kernel's"
-        f" caches were emptied before. In brackets the ratio to the host's file system, where the same program works in the same"
-        f" files by chroot. {outcome.runs()} runs after {_warmups(place)} warm-up; the largest over the smallest of one cell"
-        f" was at most {outcome.worst_spread():.1f}."
+        f"""File work by one small program: {mib} MiB written and made durable, read again from the disk; {files} files of 4
+        KiB made, looked at and removed; {sources} C files compiled by the root's gcc; all files of /usr read. `cold`: the
+        kernel's caches were emptied before. In brackets the ratio to the host's file system, where the same program works
+        in the same files by chroot. {outcome.runs()} runs after {_warmups(place)} warm-up; the largest over the smallest
+        of one cell was at most {outcome.worst_spread():.1f}."""
     )
     first = (("write", f"write {mib} MiB"), ("read", "read it, cold"), ("create", "create files"), ("walk", "stat them"))
     second = (("remove", "remove them"), ("compile", "compile"), ("usr cold", "read /usr, cold"), ("usr", "read /usr, warm"))
@@ -124,16 +124,20 @@ def _findings(section: Section, outcome: Outcome) -> None:
         ratio = outcome.ratio(case, HOST, name)
         return "?" if ratio is None else f"{ratio:.2f}x"
 
-    image, scratch, direct = "ext4 image, overlay", "ext4 image, overlay, sized scratch", "ext4 image, writable"
-    for words, case in (("the default (overlay on an ext4 image)", image), ("a sized scratch", scratch), ("--writable", direct)):
+    image, squashfs = "ext4 image, overlay", "squashfs, overlay"
+    names = {
+        "the default, an overlay on an ext4 image": image,
+        "a sized scratch": "ext4 image, overlay, sized scratch",
+        "`--writable`": "ext4 image, writable",
+    }
+    for words, case in names.items():
         if case in outcome.values:
             section.find(
-                f"Against the host's file system, {words} takes {price(case, 'write')} to write, {price(case, 'create')} to create"
-                f" small files, {price(case, 'remove')} to remove them, {price(case, 'compile')} to compile."
+                f"""Against the host's file system, {words} takes {price(case, "write")} to write, {price(case, "create")}
+                to create small files, {price(case, "remove")} to remove them, {price(case, "compile")} to compile."""
             )
-    squashfs = "squashfs, overlay"
     if squashfs in outcome.values:
         section.find(
-            f"All of /usr is read from a squashfs in {price(squashfs, 'usr cold')} of the host's time cold and"
-            f" {price(squashfs, 'usr')} warm; from an ext4 image in {price(image, 'usr cold')} and {price(image, 'usr')}."
+            f"""All of /usr is read from a squashfs in {price(squashfs, "usr cold")} of the host's time cold and
+            {price(squashfs, "usr")} warm; from an ext4 image in {price(image, "usr cold")} and {price(image, "usr")}."""
         )

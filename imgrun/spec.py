@@ -153,6 +153,9 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         raise SpecError("--scratch-size bounds writes to the scratch, and --writable writes into the image", "drop one")
     if any("\0" in word for word in command):
         raise SpecError("the command holds a NUL byte", "remove it")
+    for key in ("image", "user", "workdir", "partition"):
+        if "\0" in str(getattr(spec, key)):
+            raise SpecError(f"{key} holds a NUL byte", "remove it")
     changes: dict[str, Any] = {
         "image": os.path.abspath(os.path.expanduser(spec.image)),
         "command": command,
@@ -187,7 +190,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
 
 
 def _size(value: Any, what: str) -> int:
-    if isinstance(value, int) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     return parse_size(str(value), what)
 
@@ -214,10 +217,11 @@ def _checked_name(name: str, what: str, longest: int) -> str:
 
 
 def _checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    for key, value in env.items():
+    for key, given in env.items():
+        value = str(given)
         if not key or "=" in key or "\0" in key or "\0" in value:
             raise SpecError(f"environment variable {key!r} is not usable", "give NAME=VALUE without NUL bytes")
-        yield key, str(value)
+        yield key, value
 
 
 def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
@@ -226,13 +230,17 @@ def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
         target = mount.dst
         if not target.startswith("/") or "\0" in target or ".." in target.split("/"):
             raise SpecError(f"mount target {target!r} is not an absolute path", "give the path inside the image, from /")
-        target = os.path.normpath(target)
+        target = os.path.normpath(f"/{target.lstrip('/')}")
         if target in RESERVED_TARGETS or target.startswith(("/proc/", "/sys/", "/dev/imgrun/", "/dev/pts/")):
             raise SpecError(f"mount target {target!r} is imgrun's own", "choose another target")
         if any(target == other.dst for other in checked):
             raise SpecError(f"two mounts have the target {target!r}", "remove one")
         source = mount.src
+        if "\0" in source:
+            raise SpecError(f"the source of the mount at {target!r} holds a NUL byte", "remove it")
         if mount.type == "tmpfs":
+            if mount.size == 0:
+                raise SpecError(f"the tmpfs at {target!r} has no size", "leave the size out if there is no limit")
             if source:
                 raise SpecError(f"the tmpfs at {target!r} has a source", "a tmpfs starts empty: drop src")
         elif not source:
@@ -269,7 +277,10 @@ def parse_mount(text: str) -> Mount:
     record: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
-        record[key.strip()] = value if equals else True
+        key = ALIASES.get(key.strip(), key.strip())
+        if key in record:
+            raise SpecError(f"mount {text!r} has {key!r} twice", "give it once")
+        record[key] = value if equals else True
     return mount_from_dict(record, f"mount {text!r}")
 
 
@@ -303,6 +314,8 @@ def mount_from_dict(record: Mapping[str, Any], what: str) -> Mount:
         raise SpecError(f"{what}: unknown key {min(unknown)!r}", f"a {kind} mount has {', '.join(sorted(ALLOWED[kind]))}")
     if not isinstance(keys.get("dst"), str):
         raise SpecError(f"{what}: no target", "give dst=PATH")
+    if not isinstance(keys.get("src", ""), str):
+        raise SpecError(f"{what}: no source", "give src=PATH")
     for flag in ("ro", "idmap"):
         if flag in keys:
             keys[flag] = _flag(keys[flag], f"{what}: {flag}")

@@ -11,8 +11,9 @@ import pytest
 pytest.register_assert_rewrite("command", "images", "leaks")
 
 from command import Imgrun  # noqa: E402
-from images import Images, images  # noqa: E402
 from leaks import Leaks  # noqa: E402
+
+from images import Images, images  # noqa: E402
 
 __all__ = ["images"]
 

@@ -59,7 +59,10 @@ class MemoryEvents(NamedTuple):
     """What happened to the job for want of memory, as counts since its start."""
 
     kills: int | None = None
-    """Processes of the job that the kernel killed, because of any limit or of the host running out."""
+    """Processes of the job that the kernel killed, because of any limit or of the host running out.
+
+    When v2 kills the job as a whole, it may count the first one twice.
+    """
     own_limit: int | None = None
     """How often an allocation failed at the job's own limit, so that the kernel had to kill or refuse (v2 only).
 

@@ -51,16 +51,13 @@ def connect_private(program: str, pid: int, log: str, *, as_root: bool) -> Helpe
     argv = [program, "--foreground", "--quiet", "--config-net", "--no-map-gw", "--dns-forward", NAMESERVER]
     for forward in ("-t", "-u", "-T", "-U"):
         argv += [forward, "none"]
-    keep: tuple[int, ...] = ()
     if as_root:
-        argv += ["--runas", "0", "--netns", f"/proc/{pid}/ns/net", "--userns", f"/proc/{pid}/ns/user"]
-    else:
-        # By descriptor: pasta itself may not look into /proc of a process that has more capabilities.
-        keep = (os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC),)
-        argv += ["--netns", f"/proc/self/fd/{keep[0]}"]
-    pasta = Helper.run(argv, log, keep)
-    for fd in keep:
-        os.close(fd)
+        argv += ["--runas", "0"]
+    # By descriptor: pasta itself may not look into /proc of a process that has more capabilities.
+    netns = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    argv += ["--netns-only", "--netns", f"/proc/self/fd/{netns}"]
+    pasta = Helper.run(argv, log, (netns,))
+    os.close(netns)
     try:
         if pasta.await_ready(lambda: _has_default_route(pid), PASTA_SECONDS):
             return pasta

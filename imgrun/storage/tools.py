@@ -27,7 +27,8 @@ _PACKAGES = {
     "cp": "coreutils", "setpriv": "util-linux", "sfdisk": "fdisk", "unshare": "util-linux",
 }  # fmt: skip
 _KEPT_LINES = 200
-_WORDS = re.compile(r"rror\b|: \S")
+_SIGNS = (re.compile(r"^E: "), re.compile(r"\b[Ee]rror\b"), re.compile(r": \S"))
+"""What tells a line that says why a program failed, the surest first."""
 _LITTLE_SPACE = 4 << 20
 
 
@@ -42,11 +43,14 @@ class ToolFailed(Exception):
 
     def summary(self) -> str:
         """The line that says most about why, else how it ended."""
-        said = [line.strip() for line in self.lines if line.strip()]
+        said = [line.strip() for line in self.lines if line.strip() and line[:3] not in ("I: ", "W: ")]
+        for sign in _SIGNS:
+            for number, line in enumerate(said):
+                if sign.search(line):
+                    more = said[number + 1 : number + 3] if line.endswith(":") else []
+                    return " ".join([line, *more]).removeprefix("E: ").lstrip("-* ")[:300]
         if said:
-            start = next((i for i, line in enumerate(said) if line.startswith("E: ") or _WORDS.search(line)), -1)
-            more = said[start + 1 : start + 3] if said[start].endswith(":") and start >= 0 else []
-            return " ".join([said[start], *more]).removeprefix("E: ").lstrip("-* ")[:300]
+            return said[-1][:300]
         if self.status < 0:
             return f"{self.program} was killed by {signal.Signals(-self.status).name}"
         return str(self)
