@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Measure imgrun against its peers.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"only these: {', '.join(QUESTIONS)}")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, in less than a minute; only printed")
-    parser.add_argument("--output", metavar="FILE", help="write the report there (default, for a full run: docs/benchmarks.md)")
+    parser.add_argument("--output", metavar="FILE", help="write the report there (default of a full run: docs/benchmarks.md)")
     parser.add_argument("--json", metavar="FILE", help="write every single measurement there")
     given = parser.parse_args()
     if unknown := set(given.questions) - set(QUESTIONS):

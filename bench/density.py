@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from bench import peers
 from bench.harness import Outcome, Unavailable, interleave, run_checked
 from bench.place import Place
-from bench.report import Section, Table, size, milliseconds
+from bench.report import Section, Table, milliseconds, size
 
 if TYPE_CHECKING:
     from imgrun import Job

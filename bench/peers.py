@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
+from glob import glob
 from typing import NamedTuple
 
 from bench.harness import Unavailable, last_line, run
@@ -54,7 +57,7 @@ def _oci(place: Place, command: Sequence[str], runtime: str) -> list[str]:
     with open(config, "w", encoding="utf-8") as f:
         json.dump(spec, f)
     state = f"{place.directory}/state-{runtime}"
-    return [runtime, "--root", state, "run", "--bundle", bundle, f"imgrun-bench-{os.getpid()}"]
+    return [runtime, "--root", state, "run", "--bundle", bundle, f"imgrun-bench-{runtime}-{os.getpid()}"]
 
 
 def runc(place: Place, command: Sequence[str]) -> list[str]:
@@ -87,11 +90,24 @@ def _podman(place: Place) -> list[str]:
 
 def _clean_up_podman(place: Place) -> None:
     """It leaves a mount of its storage on itself, and the parent of its cgroups."""
-    from glob import glob
-
     subprocess.run(["umount", "--lazy", f"{place.short}/root/overlay"], check=False, stderr=subprocess.DEVNULL)
-    for directory in glob(f"/sys/fs/cgroup/*/imgrun-bench-{os.getpid()}"):
-        os.rmdir(directory)
+    for group in glob(f"/sys/fs/cgroup/*/imgrun-bench-{os.getpid()}"):
+        for directory, _, _ in os.walk(group, topdown=False):
+            _remove_cgroup(directory)
+
+
+def _remove_cgroup(directory: str) -> None:
+    """Its monitor process may be in there for a moment longer."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            os.rmdir(directory)
+            return
+        except OSError as e:
+            if time.monotonic() > deadline:
+                print(f"bench: cannot remove {directory}: {e.strerror}", file=sys.stderr)
+                return
+        time.sleep(0.02)
 
 
 PEERS = {

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
-from imgrun.errors import CommandNotFound, ImgrunError, PrivilegeError, SpecError
+from imgrun.errors import CommandNotFound, ImgrunError, LimitError, PrivilegeError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
-from imgrun.isolation.cgroup import JobCgroup
+from imgrun.isolation.cgroup import JobCgroup, Limits, check_limits
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source
 from imgrun.isolation.userns import HeldMap, IdMap
@@ -77,6 +77,9 @@ class Launch:
         spec = self.spec
         limits.check(spec.rlimits)
         self._pasta = network.find_pasta() if spec.network == "private" else ""
+        # Before there is a user namespace of our own: systemd would not know us in it.
+        self._make_cgroup()
+        self.mark("cgroups")
         self._become_root()
         image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
         self._undo.append(image.close)
@@ -91,8 +94,7 @@ class Launch:
         self.user = self._user(root_fd)
         self._command = [self._find_init(root_fd)] if spec.init == "image" else list(spec.command)
         self._hold_ids()
-        self._make_cgroup()
-        self.mark("cgroups")
+        self._delegate_cgroup()
         if spec.seccomp == "default":
             # Made here: the library is the host's, and the filter needs no more of it to be loaded.
             self._filter = security.seccomp_filter("default", ("reboot",) if spec.init == "image" else ())
@@ -153,8 +155,27 @@ class Launch:
         self._open_sources()
 
     def _make_cgroup(self) -> None:
-        self._cgroup = JobCgroup.create(self.job.id, self.spec.limits(), announce=self._announce_cgroups)
+        asked = self.spec.limits()
+        if self.spec.limits_mode == "best-effort":
+            asked = self._possible(asked)
+        self._cgroup = JobCgroup.create(self.job.id, asked, announce=self._announce_cgroups)
         self._undo.append(self._cgroup.remove)
+
+    def _possible(self, asked: Limits) -> Limits:
+        """The limits that can be enforced here; the others become warnings."""
+        for field in Limits._fields:
+            value = getattr(asked, field)
+            if value is None or value == ():
+                continue
+            try:
+                check_limits(Limits(**{field: value}))
+            except LimitError as e:
+                self.warnings.append(f"without the limit: {e.message}")
+                asked = asked._replace(**{field: None if field != "io_max" else ()})
+        return asked
+
+    def _delegate_cgroup(self) -> None:
+        assert self._cgroup is not None
         if self.spec.init == "image" and self._cgroup.clone_into >= 0 and (ids := self.outside_ids()) is not None:
             # An init makes groups of its own below its job's (cgroups(7), "Delegation").
             for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):

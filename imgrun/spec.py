@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
+from imgrun.config import image_path, mount_record
 from imgrun.errors import SpecError
 from imgrun.isolation.cgroup_limits import IoMax, Limits
 from imgrun.isolation.limits import Rlimit, parse_rlimit
@@ -20,10 +21,11 @@ Userns = Literal["auto", "off"]
 Init = Literal["shim", "none", "image"]
 Network = Literal["host", "none", "private"]
 Seccomp = Literal["off", "default"]
-Pmu = Literal["auto", "off", "require"]
+LimitsMode = Literal["strict", "best-effort"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "root": ("overlay", "writable", "read-only"),
+    "limits_mode": ("strict", "best-effort"),
     "userns": ("auto", "off"),
     "init": ("shim", "none", "image"),
     "network": ("host", "none", "private"),
@@ -86,6 +88,8 @@ class JobSpec:
     time_limit: float | None = None
     rlimits: tuple[Rlimit, ...] = ()
     # isolation
+    limits_mode: LimitsMode = "strict"
+    """What to do with a limit that this host cannot enforce: refuse the job, or leave the limit out and say so."""
     userns: Userns = "auto"
     init: Init = "shim"
     network: Network = "host"
@@ -157,7 +161,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         if "\0" in str(getattr(spec, key)):
             raise SpecError(f"{key} holds a NUL byte", "remove it")
     changes: dict[str, Any] = {
-        "image": os.path.abspath(os.path.expanduser(spec.image)),
+        "image": image_path(spec.image),
         "command": command,
         "env": dict(_checked_env(spec.env)),
         "mounts": _checked_mounts(spec.mounts),
@@ -307,6 +311,9 @@ ALLOWED = {
 def mount_from_dict(record: Mapping[str, Any], what: str) -> Mount:
     """One mount from a flag's or a file's keys. Raises SpecError naming ``what``."""
     keys = {ALIASES.get(k, k): v for k, v in record.items()}
+    if "name" in keys:
+        # What the caller says beside the name counts more.
+        keys = {ALIASES.get(k, k): v for k, v in mount_record(str(keys.pop("name"))).items()} | keys
     kind = keys.get("type", "bind")
     if kind not in ALLOWED:
         raise SpecError(f"{what}: unknown type {kind!r}", "the types are bind, tmpfs, image")

@@ -32,7 +32,7 @@ def load(path: str) -> dict[str, Any]:
 def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
     """Check the parsed table and flatten it into JobSpec's fields."""
     known = {f.name for f in fields(JobSpec)}
-    top = known - set(LIMIT_KEYS) | {"limits", "time_limit"}
+    top = known - set(LIMIT_KEYS) | {"limits"}
     _refuse_unknown(data, top, path, "")
     given = {key: value for key, value in data.items() if key not in ("limits", "mounts", "env")}
     limits = _table(data, "limits", path)

@@ -68,6 +68,7 @@ choice = click.Choice
     option("--io-weight", type=int, metavar="N", help="Share of the disk: 1 to 10000."),
     option("--io-max", multiple=True, metavar="DEV:KEY=N", help="Disk bound: /dev/sda:rbps=10M,wiops=100."),
     option("--time-limit", metavar="DURATION", help="Wall time, then the job is stopped; exit status 124."),
+    option("--limits", "limits_mode", type=choice(CHOICES["limits_mode"]), help="Refuse limits that cannot be kept, or warn."),
     option("--rlimit", multiple=True, metavar="NAME=SOFT[:HARD]", help="A resource limit of each process, as nofile=1024."),
 )
 @group(
@@ -201,7 +202,8 @@ def _check_result_file(path: str | None) -> str | None:
 
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
-        "cpuset", "pids", "io_weight", "time_limit", "userns", "init", "network", "seccomp", "stop_timeout")  # fmt: skip
+        "cpuset", "pids", "io_weight", "time_limit", "limits_mode", "userns", "init", "network", "seccomp",
+        "stop_timeout")  # fmt: skip
 
 
 def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
