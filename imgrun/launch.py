@@ -19,12 +19,13 @@ from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
 from imgrun.isolation.cgroup import JobCgroup, Limits, check_limits
 from imgrun.isolation.child import Setup, become_init
-from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source
+from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source, Union
 from imgrun.isolation.userns import HeldMap, IdMap
 from imgrun.plan import Plan, build_plan
 from imgrun.result import Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
+from imgrun.storage import union
 from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
 
@@ -54,6 +55,7 @@ class Launch:
         self.setup_seconds = (0.0, 0.0)
         """User and system time that the first process took before it became the job's init; not the job's use."""
         self.server: Helper | None = None
+        self.union_server: Helper | None = None
         self._pasta = ""
         self.init_stop_signal: int | None = None
         self.plan: Plan | None = None
@@ -104,6 +106,8 @@ class Launch:
         self.mark("scratch")
         base: list[Source] = [root, ScratchDir(scratch, spec.scratch_size), Shim(init_shim.program())]
         owner = self.outside_ids() or (self.user.uid, self.user.gid)
+        if self.rootless and spec.root != "writable" and not union.kernel_can(f"{self.job.path}/probe"):
+            base = self._use_fuse_overlay(scratch)
         self.plan = build_plan(
             spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner
         )
@@ -141,6 +145,15 @@ class Launch:
                 )
         return user
 
+    def _use_fuse_overlay(self, scratch: Scratch) -> list[Source]:
+        """Where the kernel refuses an overlay to us, a file server makes one; to the plan it is the root itself."""
+        self.warnings.append("the kernel refuses an overlay here: the root is served by fuse-overlayfs, which is slower")
+        mounted, server = union.serve(self._fds["image"], scratch, self.job.path)
+        self._undo.append(server.close)
+        self.union_server = server
+        self._fds["image"] = mounted
+        return [Union(mounted), ScratchDir(scratch, self.spec.scratch_size), Shim(init_shim.program())]
+
     def _hold_ids(self) -> None:
         if self.spec.userns == "off" or self.rootless:
             return
@@ -171,7 +184,7 @@ class Launch:
                 check_limits(Limits(**{field: value}))
             except LimitError as e:
                 self.warnings.append(f"without the limit: {e.message}")
-                asked = asked._replace(**{field: None if field != "io_max" else ()})
+                asked = Limits(**{**asked._asdict(), field: () if field == "io_max" else None})
         return asked
 
     def _delegate_cgroup(self) -> None:

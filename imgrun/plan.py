@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from imgrun.isolation import mounts as m
 from imgrun.isolation.network import NAMESERVER
-from imgrun.isolation.sources import Bind, HostSys, OtherImage, Source
+from imgrun.isolation.sources import Bind, HostSys, OtherImage, Source, Union
 from imgrun.spec import JobSpec
 
 
@@ -53,7 +53,8 @@ def build_plan(
     own_network = spec.network != "host"
     sources = [*base_sources, HostSys()]
     ops: list[m.Operation] = [m.Isolate(), m.Scratch()]
-    ops.append(m.Root() if spec.root == "writable" else m.Overlay())
+    composed = any(isinstance(source, Union) for source in base_sources)
+    ops.append(m.Root(ours=composed) if composed or spec.root == "writable" else m.Overlay())
     ops += [m.Proc(), m.Sys(own_network), m.CgroupView(cgroup_views, writable=spec.init == "image"), m.Dev()]
     if spec.userns == "off":
         from imgrun.isolation.security import MASKED_PATHS, READONLY_PATHS

@@ -16,16 +16,20 @@ from typing import Any
 
 from imgrun.errors import HostError, ImgrunError, JobNotFound, NameInUse, NoSpace, PrivilegeError
 from imgrun.storage.trees import remove_tree
-from imgrun.syscalls import OVERLAYFS_SUPER_MAGIC, fs_magic
+from imgrun.syscalls import fs_magic
 
 ID_BYTES = 6
+YOUNG = 60.0
+"""Seconds within which a supervisor certainly takes the lock whose file it has made."""
+NO_UPPER_LAYER = (0x794C7630, 0x6969, 0x65735546, 0x0BD00BD0, 0x47504653, 0xFF534D42, 0xFE534D42, 0x01021997, 0x5346414F)
+"""File systems that an overlay cannot write to (statfs(2)): overlay, NFS, FUSE, Lustre, GPFS, CIFS, SMB2, 9p, AFS."""
 
 
 def default_root() -> str:
     """IMGRUN_STATE_DIR, else /var/lib/imgrun for root and $XDG_STATE_HOME/imgrun for others.
 
-    In a container whose root is an overlay, as in a job of imgrun's, both are of no use for the scratch of a job, since
-    an overlay cannot be the upper layer of another: there it is a directory in /var/tmp.
+    Where those are on a file system that cannot be the upper layer of an overlay, it is a directory in /var/tmp: on a
+    network file system, or in a container whose root is itself an overlay, as in a job of imgrun's.
     """
     if chosen := os.environ.get("IMGRUN_STATE_DIR"):
         return os.path.abspath(chosen)
@@ -34,16 +38,16 @@ def default_root() -> str:
     else:
         home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
         usual = os.path.join(home, "imgrun")
-    if _on_overlay(usual) and not _on_overlay("/var/tmp"):
+    if _no_upper_layer(usual) and not _no_upper_layer("/var/tmp"):
         return f"/var/tmp/imgrun-{os.geteuid()}"
     return usual
 
 
-def _on_overlay(path: str) -> bool:
+def _no_upper_layer(path: str) -> bool:
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     try:
-        return fs_magic(path) == OVERLAYFS_SUPER_MAGIC
+        return fs_magic(path) in NO_UPPER_LAYER
     except OSError:
         return False
 
@@ -133,12 +137,13 @@ class JobDir:
 
     def remove(self) -> None:
         """Remove everything of the job from the state root. The caller knows that it is not alive."""
+        names = f"{self.root.path}/names"
         name = self.name
-        if name is not None:
-            link = f"{self.root.path}/names/{name}"
+        # Without its spec, which its supervisor did not live to write, only the names themselves tell.
+        for candidate in [name] if name is not None or self.read("spec.json") else _list(names):
             try:
-                if os.readlink(link) == self.id:
-                    os.unlink(link)
+                if os.readlink(f"{names}/{candidate}") == self.id:
+                    os.unlink(f"{names}/{candidate}")
             except OSError:
                 pass
         remove_tree(self.path)
@@ -204,15 +209,32 @@ class StateRoot:
                 os.symlink(job_id, link)
                 return
             except FileExistsError:
-                holder = self._linked(link)
-                if holder is not None and os.path.isdir(f"{self.path}/jobs/{holder}"):
+                holder = self._named(name)
+                if holder is not None:
                     raise NameInUse(
                         f"the name {name!r} is in use by job {holder}", f"choose another, or 'imgrun rm {name}'"
                     ) from None
-                os.unlink(link)
+                self._drop_stale(name)
             except OSError as e:
                 raise state_error(e, self.path) from e
         raise NameInUse(f"the name {name!r} is in use", "choose another")
+
+    def _named(self, name: str) -> str | None:
+        """The id of the job with this name, if there is one."""
+        holder = self._linked(f"{self.path}/names/{name}")
+        return holder if holder is not None and os.path.isdir(f"{self.path}/jobs/{holder}") else None
+
+    def _drop_stale(self, name: str) -> None:
+        """Remove the name of a job that is no more. One at a time: nobody removes what another has just taken."""
+        fd = os.open(f"{self.path}/names", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if self._named(name) is None:
+                os.unlink(f"{self.path}/names/{name}")
+        except FileNotFoundError:
+            pass
+        finally:
+            os.close(fd)
 
     @staticmethod
     def _linked(link: str) -> str | None:
@@ -232,8 +254,8 @@ class StateRoot:
     def find(self, wanted: str) -> JobDir:
         """The job with this name, id or unique prefix of an id. Raises JobNotFound."""
         if wanted and "/" not in wanted and not wanted.startswith("."):
-            holder = self._linked(f"{self.path}/names/{wanted}")
-            if holder is not None and os.path.isdir(f"{self.path}/jobs/{holder}"):
+            holder = self._named(wanted)
+            if holder is not None:
                 return JobDir(self, holder)
             matches = [job_id for job_id in self.ids() if job_id.startswith(wanted)]
             if len(matches) == 1 or wanted in matches:
@@ -244,11 +266,27 @@ class StateRoot:
 
     def leftovers(self) -> list[JobDir]:
         """Jobs whose supervisor is gone without having cleaned up."""
-        try:
-            names = os.listdir(f"{self.path}/live")
-        except OSError:
-            return []
+        names = _list(f"{self.path}/live")
+        for name in names:
+            if name[0] == ".":
+                self._drop_unborn(f"{self.path}/live/{name}")
         return [job for name in names if name[0] != "." and not (job := JobDir(self, name)).alive()]
+
+    @staticmethod
+    def _drop_unborn(path: str) -> None:
+        """Remove what was to become a lock, unless it is so young that it may yet."""
+        try:
+            if time.time() - os.stat(path).st_mtime > YOUNG:
+                os.unlink(path)
+        except OSError:
+            pass
+
+
+def _list(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def claim(job: JobDir) -> bool:

@@ -12,6 +12,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from imgrun import errors
@@ -262,10 +263,9 @@ class Supervisor:
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
         memory = launch.memory_events()
-        server = -1
-        if launch.server is not None:
-            server = os.pidfd_open(launch.server.pid)
-            self._later(lambda: os.close(server))
+        servers = {os.pidfd_open(helper.pid): helper for helper in (launch.server, launch.union_server) if helper}
+        for pidfd in servers:
+            self._later(partial(os.close, pidfd))
         running = True
         while running or self.relay.outputs_open():
             poll = select.poll()
@@ -276,8 +276,8 @@ class Supervisor:
                 poll.register(self._control.fileno(), select.POLLIN)
                 if memory is not None:
                     poll.register(*memory)
-                if server >= 0:
-                    poll.register(server, select.POLLIN)
+                for pidfd in servers:
+                    poll.register(pidfd, select.POLLIN)
                 for fd in self._children:
                     poll.register(fd, select.POLLIN)
             for fd, _ in poll.poll(self._patience() if running else None):
@@ -295,9 +295,8 @@ class Supervisor:
                     self._admit()
                 elif fd in self._children:
                     self._serve(self._children[fd])
-                elif fd == server:
-                    server = -1
-                    if launch.server is not None and launch.server.has_failed():
+                elif fd in servers:
+                    if servers.pop(fd).has_failed():
                         self._end("lost")
                 elif memory is not None and fd == memory[0]:
                     launch.acknowledge_memory_event()

@@ -71,12 +71,14 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def state_dir(nothing_left: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def state_dir(
+    request: pytest.FixtureRequest, nothing_left: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """The test's own state directory, for the command and the library alike. At the end it can be emptied by imgrun."""
     path = tmp_path / "state"
     monkeypatch.setenv("IMGRUN_STATE_DIR", str(path))
     yield path
-    if (path / "live").exists():
+    if "integration" in request.path.parts and (path / "live").exists():
         from imgrun.job import Job, collect
         from imgrun.state import StateRoot
 

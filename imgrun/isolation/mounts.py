@@ -185,14 +185,18 @@ class Isolate(Operation):
 
 
 class Root(Operation):
-    """The image itself as the job's root: ``--writable``."""
+    """The given mount as the job's root: the image itself for ``--writable``, or (``ours``) one composed for the job."""
+
+    def __init__(self, ours: bool) -> None:
+        self.ours = ours
 
     def describe(self) -> str:
-        return "attach the image as the root, writable"
+        return "attach what fuse-overlayfs serves as the root" if self.ours else "attach the image as the root, writable"
 
     def execute(self, ctx: Context) -> None:
         sc.move_mount(ctx.fds["image"], "root", ctx.stage)
         ctx.root = os.open("root", os.O_PATH | os.O_CLOEXEC, dir_fd=ctx.stage)
+        ctx.root_is_ours = self.ours
 
 
 class Scratch(Operation):
@@ -365,6 +369,9 @@ class Dev(Operation):
         attach(ctx, dev, "/dev")
         for name in DEVICES:
             _bind_file(sc.open_tree(f"/dev/{name}", sc.OPEN_TREE_CLONE), dev, name)
+        if os.path.exists("/dev/fuse"):
+            # For jobs of the job: it serves nobody outside the opener's own user namespace.
+            _bind_file(sc.open_tree("/dev/fuse", sc.OPEN_TREE_CLONE), dev, "fuse")
         for name, target in DEVICE_LINKS:
             os.symlink(target, name, dir_fd=dev)
         for name in ("pts", "shm", "mqueue", "imgrun"):

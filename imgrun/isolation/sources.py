@@ -72,6 +72,20 @@ class RootImage(Source):
         return self._mount_fd
 
 
+class Union(Source):
+    """The root as a file server composes it from image and scratch (imgrun.storage.union)."""
+
+    def __init__(self, mount_fd: int) -> None:
+        super().__init__("image")
+        self._mount_fd = mount_fd
+
+    def describe(self) -> str:
+        return "compose the root by fuse-overlayfs"
+
+    def open(self, userns_fd: int | None) -> int:
+        return self._mount_fd
+
+
 class ScratchDir(Source):
     def __init__(self, scratch: Scratch | None, size: int | None) -> None:
         super().__init__("scratch")

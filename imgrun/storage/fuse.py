@@ -6,7 +6,6 @@ When the last mount goes, a server ends by itself. Source: fuse(8), mount_namesp
 from __future__ import annotations
 
 import os
-import shutil
 from typing import NamedTuple
 
 from imgrun import syscalls as sc
@@ -45,7 +44,9 @@ def serve(fstype: str, fd: int, offset: int, *, writable: bool, directory: str, 
         raise ImageFormatError(
             f"{name} is {fstype}, which only root can mount", "make a squashfs of its files, or ask for root"
         )
-    program = shutil.which(kind.program)
+    from shutil import which
+
+    program = which(kind.program)
     if program is None:
         raise HostError(
             f"{name} is {fstype}, and {kind.program}, which serves it without root, is not installed",

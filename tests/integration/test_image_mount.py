@@ -74,7 +74,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(images: Images, tmp_path: Path) -> Iterator[None]:
+def clean_afterwards(images: Images, tmp_path: Path) -> Iterator[None]:
     """After each test: the descriptors, mounts and loop devices of before."""
     descriptors = set(os.listdir("/proc/self/fd"))
     yield

@@ -26,7 +26,7 @@ SIZES = [None, 64 * MIB]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path) -> Iterator[None]:
+def clean_afterwards(tmp_path: Path) -> Iterator[None]:
     descriptors = set(os.listdir("/proc/self/fd"))
     yield
     assert set(os.listdir("/proc/self/fd")) == descriptors

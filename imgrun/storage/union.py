@@ -1,0 +1,74 @@
+"""Image and scratch as one root without the kernel's overlay: fuse-overlayfs, for hosts that refuse the other to users.
+
+Sources: Documentation/filesystems/overlayfs.rst, fuse-overlayfs(1).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from imgrun import syscalls as sc
+from imgrun.errors import HostError
+from imgrun.helper import Helper
+from imgrun.storage import fuse
+from imgrun.storage.scratch import Scratch
+from imgrun.storage.trees import remove_tree
+
+
+def kernel_can(directory: str) -> bool:
+    """Whether the kernel makes an overlay for us on the file system of ``directory``, which is made and removed."""
+    if os.environ.get("IMGRUN_OVERLAY") == "fuse":
+        return False
+    names = ("lower", "upper", "work")
+    os.mkdir(directory, 0o700)
+    try:
+        for name in names:
+            os.mkdir(f"{directory}/{name}", 0o700)
+        fs = sc.fsopen("overlay")
+        try:
+            for name in names:
+                sc.fsconfig(fs, f"{name}dir", f"{directory}/{name}")
+            sc.fsconfig(fs, "userxattr", None)
+            sc.fsconfig_create(fs)
+            os.close(sc.fsmount(fs))
+        finally:
+            os.close(fs)
+        return True
+    except OSError:
+        return False
+    finally:
+        remove_tree(directory)
+
+
+def serve(image_fd: int, scratch: Scratch, directory: str) -> tuple[int, Helper]:
+    """Serve the union of the mount ``image_fd`` and the scratch; returns a detached mount of it, and the server.
+
+    Takes ``image_fd`` over. Raises HostError when fuse-overlayfs is not installed or cannot do it.
+    """
+    program = shutil.which("fuse-overlayfs")
+    if program is None:
+        raise HostError(
+            "the kernel refuses an overlay here, and fuse-overlayfs is not installed",
+            "install fuse-overlayfs, use --writable on a copy of the image, or set IMGRUN_STATE_DIR to a local disk",
+        )
+    fuse.check_device()
+    places = {name: f"{directory}/{name}" for name in ("lower", "layers", "union")}
+    for path in places.values():
+        os.mkdir(path, 0o700)
+    layers = scratch.mount()
+    try:
+        sc.move_mount(image_fd, places["lower"])
+        sc.move_mount(layers, places["layers"])
+        options = f"lowerdir={places['lower']},upperdir={places['layers']}/upper,workdir={places['layers']}/work"
+        argv = [program, "-f", "-o", options + ",allow_other", places["union"]]
+        return fuse.start(argv, places["union"], f"{directory}/union.log", "the job's root")
+    finally:
+        os.close(layers)
+        os.close(image_fd)
+        for name in ("lower", "layers"):
+            try:
+                sc.umount(places[name], sc.MNT_DETACH)
+            except OSError:
+                pass
+            os.rmdir(places[name])
