@@ -34,8 +34,12 @@ def describe(spec: JobSpec) -> list[str]:
         f"supervisor: make namespaces: {', '.join(kinds)}",
         *plan.lines()[len(plan.sources) :],
         f"job: set hostname {hostname}, drop capabilities, set no_new_privs"
-        + (", load the system call filter" if spec.seccomp == "default" else ""),
+        + _filter(spec),
         f"job: execute {what} as {spec.user or 'root'} in {spec.workdir or '/'}, with --init {spec.init}",
     ]
 
 
+def _filter(spec: JobSpec) -> str:
+    if spec.seccomp == "default":
+        return ", load the system call filter"
+    return ", forbid new user namespaces" if spec.userns == "off" else ""

@@ -20,7 +20,9 @@
     │   ├── JobNotFound
     │   ├── NameInUse
     │   └── JobStateError       the job is not in a state that allows this
-    └── StartError              a step of starting the job failed
+    ├── StartError              a step of starting the job failed
+    ├── CheckpointError         the job could not be frozen; it runs on
+    └── RestoreError            the checkpoint could not be continued; it is untouched
 
 Each carries a one-line ``message`` (what is wrong with which thing), an optional ``hint`` (what to do), and the exit code
 of the command line.
@@ -122,3 +124,11 @@ class JobStateError(JobError):
 
 class StartError(ImgrunError):
     """A step of starting the job failed; nothing of it remains."""
+
+
+class CheckpointError(ImgrunError):
+    """The job could not be frozen, and runs on as before."""
+
+
+class RestoreError(ImgrunError):
+    """The checkpoint could not be continued; it is untouched, and nothing runs."""

@@ -158,18 +158,20 @@ def open_image(
     partition: str | None = None,
     *,
     wait: float = WAIT_SECONDS,
-    direct_io: bool = True,
+    direct_io: bool | None = None,
     serve_in: str | None = None,
 ) -> Image:
     """Lock the image, for as long as this process holds it, and attach its loop device. Nothing is mounted yet.
 
     ``serve_in`` is for callers without the host's root, in a user and mount namespace of their own: FUSE servers take
-    the place of loop devices and work in that directory.
+    the place of loop devices and work in that directory. ``direct_io`` is off unless writing: what one job has read of
+    an image is then in the host's page cache for the next, although the loop device goes in between.
 
     Waits up to ``wait`` seconds for a user that excludes this one. Raises what ``probe`` raises, ImageBusy, and
     HostError or PrivilegeError when there is no loop device to be had.
     """
     writable = access == "writable"
+    direct_io = writable if direct_io is None else direct_io
     fd = _open(path, writable=writable)
     try:
         lock.hold(fd, path, exclusive=writable, wait=wait)

@@ -75,7 +75,7 @@ def arguments(
     command: Sequence[str],
     *,
     status_fd: int,
-    role: Literal["init", "exec"] = "init",
+    role: Literal["init", "adopt", "exec"] = "init",
     uid: int = 0,
     gid: int = 0,
     groups: Iterable[int] | None = (),
@@ -85,7 +85,8 @@ def arguments(
 ) -> list[str]:
     """The argument vector that makes the shim run ``command`` (name first, searched in the environment's PATH).
 
-    ``role`` "init" stays as PID 1 with a reaper below it; "exec" is replaced by the command. ``groups`` None keeps the
+    ``role`` "init" stays as PID 1 with a reaper below it; "adopt" waits for a reaper that CRIU
+    restores; "exec" is replaced by the command. ``groups`` None keeps the
     caller's supplementary groups, for a user namespace that may not set them. ``tty`` makes standard input the
     controlling terminal. ``cwd`` is entered as the user.
     """

@@ -7,6 +7,7 @@ import signal as signals
 import time
 from typing import Any
 
+from imgrun import errors
 from imgrun.channel import connect
 from imgrun.errors import ImgrunError, JobStateError
 from imgrun.result import Result, Usage
@@ -150,7 +151,7 @@ class Job:
                 raise TimeoutError(f"job {self.id} still runs")
             time.sleep(0.01)
 
-    def _request(self, **message: Any) -> None:
+    def _request(self, patience: float | None = 30.0, /, **message: Any) -> None:
         here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             channel = connect(f"/proc/self/fd/{here}/control")
@@ -159,7 +160,7 @@ class Job:
         finally:
             os.close(here)
         try:
-            channel.set_timeout(30.0)
+            channel.set_timeout(patience)
             channel.send(message)
             received = channel.receive()
         except OSError as e:
@@ -167,6 +168,8 @@ class Job:
         finally:
             channel.close()
         answer = received[0] if received else {"error": "it ended"}
+        if "message" in answer:
+            raise getattr(errors, answer["error"], JobStateError)(answer["message"], answer["hint"])
         if "error" in answer:
             raise JobStateError(f"job {self.id}: {answer['error']}", "'imgrun inspect' shows its state")
 
@@ -186,6 +189,15 @@ class Job:
     def request_stop(self, timeout: float | None = None, signum: int | None = None) -> None:
         """As :meth:`stop`, without waiting."""
         self._request(request="stop", timeout=timeout, signal=None if signum is None else int(signum))
+
+    def checkpoint(self, to: str, *, stop: bool = True) -> None:
+        """Freeze the job to the directory ``to``; it ends, or with ``stop=False`` runs on.
+
+        Raises CheckpointError when it cannot be done; the job then runs on as before.
+        """
+        self._request(None, request="checkpoint", to=os.path.abspath(to), leave_running=not stop)
+        if stop:
+            self.await_end()
 
     def remove(self, *, force: bool = False) -> None:
         """Remove the record of a finished job; with ``force``, kill it first. Raises JobStateError when it runs."""

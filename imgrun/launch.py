@@ -9,11 +9,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
-from imgrun.errors import CommandNotFound, ImgrunError, LimitError, PrivilegeError, SpecError
+from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
@@ -32,6 +32,8 @@ from imgrun.storage.scratch import Scratch
 if TYPE_CHECKING:
     import resource
 
+    from imgrun.checkpoint import Checkpoint, Subject
+
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
 SIGRTMIN = 34
@@ -42,10 +44,16 @@ INIT_STOP_SIGNALS = {"systemd": SIGRTMIN + 3, "busybox": signal.SIGUSR2}
 class Launch:
     """The resources of one job. ``close`` gives back whatever is held, at any stage."""
 
-    def __init__(self, job: JobDir, spec: JobSpec) -> None:
+    def __init__(self, job: JobDir, spec: JobSpec, checkpoint: Checkpoint | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.earlier_seconds = 0.0
+        """Wall time of the job's earlier lives."""
         self.job = job
         self.spec = spec
         self.hostname = spec.hostname or spec.name or f"job-{job.id}"
+        if checkpoint is not None:
+            self.hostname = str(checkpoint.manifest["hostname"])
+            self.earlier_seconds = float(checkpoint.manifest["usage"]["wall_seconds"])
         self.warnings: list[str] = []
         self.timings: list[tuple[str, float]] = []
         self.cgroup_paths: list[str] = []
@@ -97,11 +105,14 @@ class Launch:
         self._command = [self._find_init(root_fd)] if spec.init == "image" else list(spec.command)
         self._hold_ids()
         self._delegate_cgroup()
-        if spec.seccomp == "default":
-            # Made here: the library is the host's, and the filter needs no more of it to be loaded.
-            self._filter = security.seccomp_filter("default", ("reboot",) if spec.init == "image" else ())
+        # Made here: the library is the host's, and the filter needs no more of it to be loaded.
+        self._filter = security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init)
         scratch = Scratch.create(f"{self.job.path}/scratch", spec.scratch_size)
         self._undo.append(scratch.close)
+        if self.checkpoint is not None:
+            from imgrun.checkpoint import put_files_back
+
+            put_files_back(self.checkpoint, scratch.path)
         self.scratch = scratch
         self.mark("scratch")
         base: list[Source] = [root, ScratchDir(scratch, spec.scratch_size), Shim(init_shim.program())]
@@ -109,7 +120,8 @@ class Launch:
         if self.rootless and spec.root != "writable" and not union.kernel_can(f"{self.job.path}/probe"):
             base = self._use_fuse_overlay(scratch)
         self.plan = build_plan(
-            spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner
+            spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner,
+            again=self.checkpoint is not None,
         )
         try:
             self._open_sources()
@@ -234,10 +246,15 @@ class Launch:
 
     def _shim_argv(self, status: int) -> list[str]:
         return init_shim.arguments(
-            self._command, status_fd=status, role="init" if self.spec.init == "shim" else "exec", uid=self.user.uid,
+            self._command, status_fd=status, role=self._role(), uid=self.user.uid,
             gid=self.user.gid, groups=self.user.groups if self._may_set_groups() else None, cwd=self._cwd(),
             tty=self.spec.tty, rlimits=self.spec.rlimits,
         )  # fmt: skip
+
+    def _role(self) -> Literal["init", "adopt", "exec"]:
+        if self.spec.init != "shim":
+            return "exec"
+        return "init" if self.checkpoint is None else "adopt"
 
     def _may_set_groups(self) -> bool:
         """A user namespace with a single id may not (user_namespaces(7), setgroups)."""
@@ -307,6 +324,40 @@ class Launch:
 
     def _cwd(self) -> str:
         return self.spec.workdir or "/"
+
+    # -- freezing and continuing --------------------------------------------------------------------------------------
+
+    def check_freezable(self) -> None:
+        """Raise CheckpointError for what is known beforehand not to be freezable."""
+        spec = self.spec
+        if spec.init != "shim":
+            raise CheckpointError(f"a job with --init {spec.init} cannot be checkpointed", "start it with --init shim")
+        if spec.tty:
+            raise CheckpointError("a job with a terminal cannot be checkpointed", "start it without --tty")
+        if spec.seccomp != "off":
+            raise CheckpointError("a job with a system call filter cannot be checkpointed", "start it without --seccomp")
+
+    def subject(self, wall_seconds: float) -> Subject:
+        """What a checkpoint has to know of the job."""
+        from imgrun.checkpoint import Subject
+
+        return Subject(
+            self.job.id, self.spec, self.hostname, self.pid, self.scratch.path, self._ids is not None, wall_seconds
+        )
+
+    def continue_from(self, stdio: tuple[int, ...]) -> None:
+        """Have CRIU bring the processes of the checkpoint back, with these standard streams."""
+        from imgrun.checkpoint import restore
+
+        assert self.checkpoint is not None
+        assert self._cgroup is not None
+        join = tuple(self._cgroup.join_descriptors())
+        try:
+            restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio)
+        finally:
+            for fd in join:
+                os.close(fd)
+        self.mark("processes restored")
 
     # -- while it runs and after --------------------------------------------------------------------------------------
 

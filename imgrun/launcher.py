@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgrun import errors, syscalls
 from imgrun.channel import Channel
@@ -21,12 +21,17 @@ from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot
 from imgrun.supervisor import Stdio, Supervisor
 
+if TYPE_CHECKING:
+    from imgrun.checkpoint import Checkpoint
+
 _lock = threading.Lock()
 _server: Channel | None = None
 _server_pid = 0
 
 
-def supervise(job: JobDir, spec: JobSpec, stdio: Stdio, ready: Channel, *, keep: bool) -> None:
+def supervise(
+    job: JobDir, spec: JobSpec, stdio: Stdio, ready: Channel, *, keep: bool, checkpoint: Checkpoint | None = None
+) -> None:
     """Be the supervisor of a background job: report on ``ready`` when it has started, or why not; live to its end."""
     os.setsid()
     started = False
@@ -36,7 +41,7 @@ def supervise(job: JobDir, spec: JobSpec, stdio: Stdio, ready: Channel, *, keep:
         started = True
         _report(ready, {"started": True})
 
-    result = Supervisor(job, spec, stdio, on_started=report).run()
+    result = Supervisor(job, spec, stdio, on_started=report, checkpoint=checkpoint).run()
     if not started:
         _report(ready, {"error": result.failure_class, "message": result.message, "hint": result.hint})
     finish(job, keep=keep and started)
@@ -66,7 +71,7 @@ def open_output(job: JobDir, name: str) -> int:
     return os.open(f"{job.path}/{name}", flags, 0o600)
 
 
-def start_detached(spec: JobSpec, *, keep: bool) -> JobDir:
+def start_detached(spec: JobSpec, *, keep: bool, checkpoint: Checkpoint | None = None) -> JobDir:
     """Start a job in the background from a process with one thread; returns once its command runs."""
     root = StateRoot()
     collect(root)
@@ -82,7 +87,7 @@ def start_detached(spec: JobSpec, *, keep: bool) -> JobDir:
                 for fd in (0, 1, 2):
                     os.dup2(null, fd)
                 stdio = Stdio(-1, open_output(job, "stdout"), open_output(job, "stderr"))
-                supervise(job, spec, stdio, theirs, keep=keep)
+                supervise(job, spec, stdio, theirs, keep=keep, checkpoint=checkpoint)
         finally:
             os._exit(0)
     theirs.close()

@@ -48,8 +48,12 @@ def build_plan(
     base_sources: list[Source],
     cgroup_views: tuple[tuple[str, str], ...],
     owner: tuple[int, int] | None,
+    again: bool = False,
 ) -> Plan:
-    """The plan for ``spec``. ``owner`` is the host's ids of the job's user, for id-mapped binds."""
+    """The plan for ``spec``. ``owner`` is the host's ids of the job's user, for id-mapped binds.
+
+    ``again`` is for a job that continues: its files in /etc are among those it brings with it.
+    """
     own_network = spec.network != "host"
     sources = [*base_sources, HostSys()]
     ops: list[m.Operation] = [m.Isolate(), m.Scratch()]
@@ -64,11 +68,13 @@ def build_plan(
     ops += [m.FromScratch("tmp", "/tmp"), m.FromScratch("var-tmp", "/var/tmp")]
     if spec.init == "image":
         ops.append(m.Tmpfs("/run", mode=0o755))
-    ops += [
+    etc: list[m.Operation] = [
         m.EtcFile("hostname", f"{hostname}\n".encode()),
         m.EtcFile("hosts", hosts_file(hostname)),
         m.EtcFile("resolv.conf", resolv_conf(spec.network)),
     ]
+    if not again or spec.root == "writable":
+        ops += etc
     # Shorter targets first, so that a mount on a directory never hides one inside it.
     for i, mount in enumerate(sorted(spec.mounts, key=lambda mount: mount.dst.count("/"))):
         if mount.type == "tmpfs":

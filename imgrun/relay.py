@@ -12,11 +12,16 @@ import os
 import select
 import stat
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import _socket
 
 CHUNK = 1 << 18
 IN, OUT = select.POLLIN, select.POLLOUT
 SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
 F_SETPIPE_SZ = 1031
+MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
 
 def set_nonblocking(fd: int) -> None:
@@ -50,16 +55,20 @@ class Pump:
         self.sink = sink
         self.moved = 0
         """Bytes delivered to the sink."""
+        self.failure = 0
+        """The error number with which the sink refused the rest, other than that nobody reads it any more."""
         self._close_sink = close_sink
         self._splice = True
         self._pending = b""
         self._wait_for_sink = False
         self._send: Callable[[bytes], int] = self._write
+        self._socket: _socket.socket | None = None
         self._paused = False
         mode = os.fstat(sink).st_mode
         if stat.S_ISSOCK(mode):
             self._splice = False
-            self._send = _socket_sender(sink)
+            self._send = self._send_to_socket
+            self._socket = _open_socket(sink)
         elif stat.S_ISCHR(mode):
             self._splice = False
 
@@ -92,6 +101,8 @@ class Pump:
                 # A terminal we are in the background of, or a pty whose last user has gone.
                 self._end_of_terminal()
             else:
+                if e.errno not in (errno.EPIPE, errno.ECONNRESET):
+                    self.failure = e.errno or 0
                 self.close()
 
     def _move_by_splice(self) -> None:
@@ -118,6 +129,10 @@ class Pump:
         # A sink that may block takes what poll promises: at least PIPE_BUF.
         return os.write(self.sink, data if not os.get_blocking(self.sink) else data[: select.PIPE_BUF])
 
+    def _send_to_socket(self, data: bytes) -> int:
+        assert self._socket is not None
+        return self._socket.send(data, MSG_DONTWAIT | MSG_NOSIGNAL)
+
     def _end_of_terminal(self) -> None:
         try:
             background = os.tcgetpgrp(self.source) != os.getpgrp()
@@ -136,15 +151,16 @@ class Pump:
         if self.source >= 0:
             os.close(self.source)
             self.source = -1
+            if self._socket is not None:
+                self._socket.close()
             if self._close_sink:
                 os.close(self.sink)
 
 
-def _socket_sender(fd: int) -> Callable[[bytes], int]:
+def _open_socket(fd: int) -> _socket.socket:
     import _socket
 
-    sock = _socket.socket(fileno=os.dup(fd))
-    return lambda data: sock.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
+    return _socket.socket(fileno=os.dup(fd))
 
 
 class Relay:
@@ -157,10 +173,10 @@ class Relay:
     def pumps(self) -> list[Pump]:
         return self.inputs + self.outputs
 
-    def register(self, poll: select.poll) -> dict[int, Pump]:
+    def register(self, poll: select.poll, *, inputs: bool = True) -> dict[int, Pump]:
         """Add what the pumps wait for to ``poll``; returns whom to call for which descriptor."""
         waiting: dict[int, Pump] = {}
-        for pump in self.pumps():
+        for pump in self.pumps() if inputs else self.outputs:
             interest = pump.interest()
             if interest is not None:
                 poll.register(*interest)

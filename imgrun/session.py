@@ -23,7 +23,7 @@ from imgrun.isolation.cgroup import reopen
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
 from imgrun.launch import login_environment
-from imgrun.relay import Pump, Relay, Terminal, own_description, set_nonblocking
+from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking
 from imgrun.supervisor import FORWARDED
 
 
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     env: dict[str, str]
     tty: bool
     status: int
+    filter: security.SeccompFilter | None
 
 
 def execute(
@@ -68,10 +69,6 @@ def execute(
     cgroup = reopen(job.cgroup_paths())
     ours, theirs = Channel.pair()
     status_read, status_write = os.pipe2(os.O_CLOEXEC)
-    if not stdin:
-        null = os.open("/dev/null", os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
     entry = Entry(
         channel=theirs, namespaces=descriptors, join=tuple(cgroup.join_descriptors()),
         capabilities=job.capabilities(), user=who,
@@ -80,6 +77,7 @@ def execute(
             rlimits=spec.rlimits,
         ),
         env={**login_environment(who, job.id, tty=tty), **spec.env, **(env or {})}, tty=tty, status=status_write,
+        filter=security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init),
     )  # fmt: skip
     try:
         pid = namespaces.spawn(0, lambda: _enter(entry, ours), cgroup.clone_into)
@@ -90,7 +88,7 @@ def execute(
     for fd in (*entry.join, *descriptors.values()):
         os.close(fd)
     cgroup.close()
-    return _accompany(pid, ours, status_read, command, cwd, who.name)
+    return _accompany(pid, ours, status_read, command, cwd, who.name, stdin)
 
 
 # -- in the process that enters ---------------------------------------------------------------------------------------
@@ -120,8 +118,12 @@ def _enter_and_run(entry: Entry) -> None:
         os.setresuid(0, 0, 0)
     os.chdir("/")
     security.fresh_keyring()
+    # The job's processes shall not look into this copy of the caller before it is the shim; exec ends that.
+    sc.prctl(sc.PR_SET_DUMPABLE, 0)
     if entry.tty:
         entry.channel.send({"terminal": True}, [open_terminal(entry.user.uid)])
+    else:
+        entry.channel.send({"streams": True}, _open_streams(entry.user.uid))
     # A process of the job's PID namespace, which we ourselves are not; we stay to tell how it ended.
     child = sc.clone(0)
     if child == 0:
@@ -137,6 +139,22 @@ def _enter_and_run(entry: Entry) -> None:
     os._exit(os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status))
 
 
+def _open_streams(uid: int) -> list[int]:
+    """Make pipes of the job's own our standard streams, so that it gets no descriptor of the caller's.
+
+    Returns the other sides.
+    """
+    others = []
+    for target in (0, 1, 2):
+        read, write = os.pipe2(os.O_CLOEXEC)
+        ours, other = (read, write) if target == 0 else (write, read)
+        os.fchown(ours, uid, -1)  # it may open it anew, by /dev/stdout
+        os.dup2(ours, target)
+        os.close(ours)
+        others.append(other)
+    return others
+
+
 def _run(entry: Entry) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     os.umask(limits.UMASK)
@@ -145,16 +163,21 @@ def _run(entry: Entry) -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
     sc.close_range_cloexec(3)
     os.set_inheritable(entry.status, True)
+    if entry.filter is not None:
+        entry.filter.load()
     os.execve(SHIM, entry.argv, entry.env)
 
 
 # -- in the process that asked ----------------------------------------------------------------------------------------
 
 
-def _accompany(pid: int, channel: Channel, status: int, command: tuple[str, ...], cwd: str, user: str) -> int:
-    """Wait for the command, passing on signals and, with a terminal, what is typed and printed."""
+def _accompany(
+    pid: int, channel: Channel, status: int, command: tuple[str, ...], cwd: str, user: str, stdin: bool
+) -> int:
+    """Wait for the command, passing on signals, its input and its output."""
     relay = Relay()
     terminal: Terminal | None = None
+    streams: list[int] = []
     master = -1
     wake, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
@@ -166,15 +189,23 @@ def _accompany(pid: int, channel: Channel, status: int, command: tuple[str, ...]
             if "error" in message:
                 os.waitpid(pid, 0)
                 raise getattr(errors, message["error"], StartError)(message["message"], message["hint"])
-            master = fds[0]
+            streams = fds
         _check_started(status, command, cwd, user)
-        if master >= 0:
-            set_nonblocking(master)
+        for fd in streams:
+            set_nonblocking(fd)
+        if len(streams) == 1:
+            (master,) = streams
             if os.isatty(0):
                 terminal = Terminal(0)
                 terminal.copy_size(master)
-            relay.inputs.append(Pump(own_description(0, os.O_RDONLY), os.dup(master)))
-            relay.outputs.append(Pump(master, own_description(1, os.O_WRONLY)))
+            streams = [os.dup(master), master]
+            stdin = True
+        if stdin:
+            relay.inputs.append(Pump(own_description(0, os.O_RDONLY), streams[0]))
+        else:
+            os.close(streams[0])
+        for fd, source in enumerate(streams[1:], 1):
+            relay.outputs.append(Pump(source, own_description(fd, os.O_WRONLY)))
         return _loop(pid, relay, wake, terminal, master)
     finally:
         if terminal is not None:
@@ -201,7 +232,10 @@ def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: 
         poll.register(wake, select.POLLIN)
         if running:
             poll.register(ended, select.POLLIN)
-        for fd, _ in poll.poll():
+        ready = poll.poll(None if running or _undelivered(relay) else 0)
+        if not ready:
+            break  # what it started in the background may keep its output open
+        for fd, _ in ready:
             if fd in waiting:
                 waiting[fd].move()
             elif fd == ended:
@@ -215,6 +249,11 @@ def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: 
                     elif running:
                         _pass_on(pid, signum)
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def _undelivered(relay: Relay) -> bool:
+    """Whether output that was read waits for its reader."""
+    return any(interest is not None and interest[1] == OUT for interest in (p.interest() for p in relay.outputs))
 
 
 def _pass_on(pid: int, signum: int) -> None:

@@ -13,7 +13,7 @@ def parse_signal(text: str) -> int:
     if name.isascii() and name.isdigit() and 0 < int(name) < signal.NSIG:
         return int(name)
     base, plus, offset = name.partition("+")
-    if base == "RTMIN" and plus and offset.isdigit() and signal.SIGRTMIN + int(offset) <= signal.SIGRTMAX:
+    if base == "RTMIN" and plus and offset.isascii() and offset.isdigit() and signal.SIGRTMIN + int(offset) <= signal.SIGRTMAX:
         return int(signal.SIGRTMIN) + int(offset)
     try:
         return int(signal.Signals[f"SIG{name}"])

@@ -94,6 +94,11 @@ class JobSpec:
     init: Init = "shim"
     network: Network = "host"
     seccomp: Seccomp = "off"
+    # checkpoint
+    checkpoint_dir: str | None = None
+    """Where the job is frozen to on request; a checkpoint found there is continued by ``imgrun start``."""
+    checkpoint_signal: int | None = None
+    checkpoint_exit_code: int = 85
     # lifecycle
     tty: bool = False
     stop_signal: int = 15
@@ -165,7 +170,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         "command": command,
         "env": dict(_checked_env(spec.env)),
         "mounts": _checked_mounts(spec.mounts),
-        "partition": None if spec.partition is None else str(spec.partition),
+        "partition": _partition(spec.partition, "partition"),
     }
     for key in ("memory", "swap", "scratch_size"):
         value = getattr(spec, key)
@@ -199,12 +204,20 @@ def _size(value: Any, what: str) -> int:
     return parse_size(str(value), what)
 
 
+def _partition(value: Any, what: str) -> str | None:
+    if value is None or (isinstance(value, str | int) and not isinstance(value, bool)):
+        return None if value is None else str(value)
+    raise SpecError(f"{what} is {value!r}", "give its number, label or UUID")
+
+
 def _number(value: Any, what: str, low: float, high: float, kind: type[int] | type[float]) -> Any:
     if value is None:
         return None
     try:
-        number = kind(value)
-    except (TypeError, ValueError):
+        number = kind(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None:
         raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}") from None
     if not low <= number <= high:
         raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}")
@@ -315,7 +328,7 @@ def mount_from_dict(record: Mapping[str, Any], what: str) -> Mount:
         # What the caller says beside the name counts more.
         keys = {ALIASES.get(k, k): v for k, v in mount_record(str(keys.pop("name"))).items()} | keys
     kind = keys.get("type", "bind")
-    if kind not in ALLOWED:
+    if not isinstance(kind, str) or kind not in ALLOWED:
         raise SpecError(f"{what}: unknown type {kind!r}", "the types are bind, tmpfs, image")
     if unknown := set(keys) - ALLOWED[kind]:
         raise SpecError(f"{what}: unknown key {min(unknown)!r}", f"a {kind} mount has {', '.join(sorted(ALLOWED[kind]))}")
@@ -329,7 +342,7 @@ def mount_from_dict(record: Mapping[str, Any], what: str) -> Mount:
     if "size" in keys:
         keys["size"] = _size(keys["size"], f"{what}: size")
     if "partition" in keys:
-        keys["partition"] = str(keys["partition"])
+        keys["partition"] = _partition(keys["partition"], f"{what}: partition")
     return Mount(**{**keys, "type": kind, "ro": keys.get("ro", False) or kind == "image"})
 
 

@@ -140,7 +140,8 @@ class JobDir:
         names = f"{self.root.path}/names"
         name = self.name
         # Without its spec, which its supervisor did not live to write, only the names themselves tell.
-        for candidate in [name] if name is not None or self.read("spec.json") else _list(names):
+        candidates = _list(names) if not self.read("spec.json") else [name] if name is not None else []
+        for candidate in candidates:
             try:
                 if os.readlink(f"{names}/{candidate}") == self.id:
                     os.unlink(f"{names}/{candidate}")

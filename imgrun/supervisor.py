@@ -13,17 +13,21 @@ import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgrun import errors
 from imgrun.channel import Channel, accept, listen
-from imgrun.errors import HostError, ImgrunError, StartError
+from imgrun.errors import CheckpointError, HostError, ImgrunError, StartError
 from imgrun.init_shim import Exited, Record, Signaled, StatusReader, StepFailed
 from imgrun.launch import Launch
 from imgrun.relay import Pump, Relay, Terminal, set_nonblocking
 from imgrun.result import Reason, Result, Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir, now, process_start
+
+if TYPE_CHECKING:
+    from imgrun.checkpoint import Checkpoint
+    from imgrun.freezing import Freezing
 
 FORWARDED = tuple(
     s for s in (
@@ -35,6 +39,13 @@ FORWARDED = tuple(
 
 IMAGE_INIT_ENDS = {signal.SIGINT: "powered off", signal.SIGHUP: "asked for a restart"}
 """How the kernel ends an init that calls reboot(2) in its PID namespace."""
+
+
+def _close_all(fds: tuple[int, ...]) -> tuple[int, ...]:
+    for fd in fds:
+        if fd >= 0:
+            os.close(fd)
+    return ()
 
 
 class Stdio:
@@ -52,7 +63,13 @@ class Supervisor:
     """Runs one job from spec to result."""
 
     def __init__(
-        self, job: JobDir, spec: JobSpec, stdio: Stdio, *, on_started: Callable[[], None] | None = None
+        self,
+        job: JobDir,
+        spec: JobSpec,
+        stdio: Stdio,
+        *,
+        on_started: Callable[[], None] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.job = job
         self.spec = spec
@@ -72,6 +89,8 @@ class Supervisor:
         self._master = -1
         self._launch: Launch | None = None
         self._children: dict[int, Channel] = {}
+        self._freezing: Freezing | None = None
+        self._checkpoint = checkpoint
 
     # -- the whole life -----------------------------------------------------------------------------------------------
 
@@ -127,7 +146,7 @@ class Supervisor:
     # -- starting -----------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        launch = self._launch = Launch(self.job, self.spec)
+        launch = self._launch = Launch(self.job, self.spec, self._checkpoint)
         self._later(launch.close)
         launch.prepare()
         self._record_state("starting")
@@ -136,15 +155,22 @@ class Supervisor:
         self._later(lambda: os.close(status_read))
         stdio = self._make_stdio(launch)
         try:
-            launch.spawn(stdio, status_write)
-            self._later(launch.end)
+            try:
+                launch.spawn(stdio, status_write)
+                self._later(launch.end)
+            finally:
+                os.close(status_write)
+            if self._checkpoint is None:
+                # Ours would keep the pipes open after the job's death.
+                stdio = _close_all(stdio)
+            launch.hand_over()
+            self._await_shim(launch, status_read)
+            if self._checkpoint is not None:
+                self._feed_saved_input()
+                launch.continue_from(stdio)
         finally:
-            os.close(status_write)
-            for fd in stdio:
-                os.close(fd)
-        launch.hand_over()
-        self._await_shim(launch, status_read)
-        self._began = time.monotonic()
+            _close_all(stdio)
+        self._began = time.monotonic() - launch.earlier_seconds
         self._started_at = now()
         if self.spec.time_limit is not None:
             self._deadline = self._began + self.spec.time_limit
@@ -173,7 +199,7 @@ class Supervisor:
         sources = [(self.stdio.stdin, True), (self.stdio.stdout, False), (self.stdio.stderr, False)]
         for ours, is_input in sources:
             if ours < 0:
-                ends.append(os.open("/dev/null", (os.O_RDONLY if is_input else os.O_WRONLY) | os.O_CLOEXEC))
+                ends.append(-1)
                 continue
             read, write = os.pipe2(os.O_CLOEXEC)
             # The job may open its standard streams anew, by /dev/stdout: they are its own.
@@ -189,6 +215,15 @@ class Supervisor:
                 self.relay.outputs.append(Pump(read, ours))
         self._later(self.relay.close)
         return tuple(ends)
+
+    def _feed_saved_input(self) -> None:
+        """What the job had not read yet comes before what it is given now."""
+        from imgrun.checkpoint import saved_input
+
+        assert self._checkpoint is not None
+        data = saved_input(self._checkpoint)
+        if data and self.relay.inputs:
+            os.write(self.relay.inputs[0].sink, data)
 
     def _await_shim(self, launch: Launch, status: int) -> None:
         """Wait until the command runs. Raises what went wrong in the child or the shim."""
@@ -267,9 +302,11 @@ class Supervisor:
         for pidfd in servers:
             self._later(partial(os.close, pidfd))
         running = True
-        while running or self.relay.outputs_open():
+        while running or self.relay.outputs_open() or self._freezing is not None:
             poll = select.poll()
-            waiting = self.relay.register(poll)
+            waiting = self.relay.register(poll, inputs=self._freezing is None)
+            if self._freezing is not None:
+                poll.register(self._freezing.fileno(), select.POLLIN)
             poll.register(self._wake, select.POLLIN)
             if running:
                 poll.register(ended, select.POLLIN)
@@ -291,6 +328,8 @@ class Supervisor:
                     _, self._wait_status, self._reaped = os.wait4(launch.pid, 0)
                     launch.pid = 0
                     self.relay.stop_input()
+                elif self._freezing is not None and fd == self._freezing.fileno():
+                    self._frozen()
                 elif fd == self._control.fileno():
                     self._admit()
                 elif fd in self._children:
@@ -358,6 +397,9 @@ class Supervisor:
                 if not running and signum in (signal.SIGINT, signal.SIGTERM):
                     self.relay.close()  # the job has ended; only a reader that does not read keeps us
                 continue
+            if self.spec.checkpoint_dir is not None and signum == self.spec.checkpoint_signal:
+                self.freeze(self.spec.checkpoint_dir, leave_running=False, asker=None)
+                continue
             self._send(signum)
 
     # -- requests of other imgrun commands ----------------------------------------------------------------------------
@@ -382,6 +424,9 @@ class Supervisor:
         for fd in fds:
             os.close(fd)
         try:
+            if message.get("request") == "checkpoint":
+                self.freeze(str(message["to"]), leave_running=bool(message.get("leave_running")), asker=channel)
+                return
             channel.send(self._answer(message))
         except OSError:
             pass  # whoever asked has gone
@@ -398,6 +443,35 @@ class Supervisor:
                 return {"error": f"unknown request {other!r}"}
         return {"ok": True}
 
+    def freeze(self, target: str, *, leave_running: bool, asker: Channel | None) -> None:
+        """Begin a checkpoint; the loop goes on, and learns of its end."""
+        from imgrun.freezing import Freezing
+
+        launch = self._launch
+        assert launch is not None
+        try:
+            if self._freezing is not None:
+                raise CheckpointError(f"job {self.job.id} is being checkpointed already", "wait for that to end")
+            launch.check_freezable()
+            subject = launch.subject(time.monotonic() - self._began)
+        except ImgrunError as e:
+            if asker is not None:
+                asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
+            else:
+                self._note(f"no checkpoint: {e.message}")
+            return
+        self._freezing = Freezing(subject, target, leave_running=leave_running, asker=asker)
+
+    def _frozen(self) -> None:
+        freezing, self._freezing = self._freezing, None
+        assert freezing is not None
+        error = freezing.finish()
+        if error is not None:
+            self._note(f"checkpoint failed: {error.message}")
+        elif not freezing.leave_running:
+            self._reason = "checkpointed"
+            self._frozen_to = freezing.target
+
     def _signal(self, signum: int) -> None:
         launch = self._launch
         assert launch is not None
@@ -411,6 +485,9 @@ class Supervisor:
     def _result(self) -> Result:
         launch = self._launch
         assert launch is not None
+        for pump in self.relay.outputs:
+            if pump.failure:
+                self._note(f"the job's output could not be written, and the rest is lost: {os.strerror(pump.failure)}")
         exit_code, signum, message = self._how_it_ended()
         reason: Reason = self._reason or ("exited" if signum is None else "signaled")
         if signum == signal.SIGKILL and self._reason is None and launch.memory_killed():
@@ -419,6 +496,10 @@ class Supervisor:
         hint = None
         if reason == "memory-limit":
             message, hint = launch.memory_verdict(usage)
+        elif reason == "checkpointed":
+            exit_code, signum = self.spec.checkpoint_exit_code, None
+            message = f"frozen to {self._frozen_to}"
+            hint = f"'imgrun restore {self._frozen_to}' continues it"
         elif reason == "lost":
             message, hint = "the process that served the image ended, and the job with it", f"see {self.job.path}/fuse.log"
         elif reason == "time-limit":

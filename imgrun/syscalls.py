@@ -86,12 +86,12 @@ def _checked(result: int, path: object = None) -> int:
     return result
 
 
-def clone(flags: int, cgroup_fd: int = -1) -> int:
-    """Fork into new namespaces, and into a v2 cgroup when its descriptor is given (clone3(2)).
+def clone(flags: int, cgroup_fd: int = -1, pid: int = 0) -> int:
+    """Fork into new namespaces, into a v2 cgroup when its descriptor is given, and with a chosen pid (clone3(2)).
 
     Returns 0 in the child. The caller must have a single thread: nothing that other threads hold is mended.
     """
-    return _checked(_lib.ig_clone(flags, cgroup_fd))
+    return _checked(_lib.ig_clone(flags, cgroup_fd, pid))
 
 
 def userns_holder() -> int:
@@ -109,6 +109,11 @@ def setns(fd: int, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     _checked(_lib.ig_pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
+def syncfs(fd: int) -> None:
+    """Write everything of the file system of ``fd`` to its disk (syncfs(2))."""
+    _checked(_lib.ig_syncfs(fd))
 
 
 def fs_magic(path: str) -> int:

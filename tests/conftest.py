@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 pytest.register_assert_rewrite("command", "images", "leaks")
 
@@ -16,6 +17,9 @@ from leaks import Leaks  # noqa: E402
 from images import Images, images  # noqa: E402
 
 __all__ = ["images"]
+
+settings.register_profile("imgrun", deadline=None)
+settings.load_profile("imgrun")
 
 REQUIRED = os.environ.get("IMGRUN_CI_REQUIRE", "") not in ("", "0")
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "exec": ("control", "Run another command in a running job."),
     "signal": ("control", "Send a signal to a job."),
     "stop": ("control", "Ask jobs to end, then kill them."),
+    "checkpoint": ("freeze", "Freeze a job to a directory."),
+    "restore": ("freeze", "Continue a job from a checkpoint."),
     "image": ("image", "Look at images, and build them."),
     "doctor": ("doctor", "Say what imgrun needs of this host, and what is missing."),
 }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from imgrun.cli import command_words
 from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
+
+if TYPE_CHECKING:
+    from imgrun.checkpoint import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,6 +91,12 @@ choice = click.Choice
     option("--stop-timeout", metavar="DURATION", help="How long after that they kill (default: 10s)."),
 )
 @group(
+    "checkpoint",
+    option("--checkpoint-dir", metavar="DIR", help="Continue from there when it holds a checkpoint; freeze to it."),
+    option("--checkpoint-signal", metavar="SIGNAL", help="Freeze to the checkpoint directory when this signal comes."),
+    option("--checkpoint-exit-code", type=int, metavar="N", help="What to exit with then (default: 85)."),
+)
+@group(
     "records",
     option("--result", metavar="FILE", help="Write the result there, as JSON."),
     option("--timings", is_flag=True, help="Print what the start spent its time on."),
@@ -119,8 +128,16 @@ def start(**flags: Any) -> NoReturn:
         else:
             print("\n".join(lines))
         raise click.exceptions.Exit(0)
+    found = None
+    if spec.checkpoint_dir is not None:
+        from imgrun import checkpoint
+
+        if checkpoint.exists(spec.checkpoint_dir):
+            found = checkpoint.load(spec.checkpoint_dir)
+        else:
+            os.makedirs(spec.checkpoint_dir, mode=0o700, exist_ok=True)  # a scheduler may list it as output
     keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
-    result_file = _check_result_file(flags["result"])
+    result_file = check_result_file(flags["result"])
     if flags["detach"]:
         if result_file or flags["timings"] or flags["interactive"]:
             raise SpecError(
@@ -129,12 +146,14 @@ def start(**flags: Any) -> NoReturn:
             )
         from imgrun.launcher import start_detached
 
-        print(start_detached(spec, keep=keep).id)
+        print(start_detached(spec, keep=keep, checkpoint=found).id)
         raise click.exceptions.Exit(0)
-    raise click.exceptions.Exit(run_foreground(spec, keep, result_file, flags))
+    raise click.exceptions.Exit(run_foreground(spec, keep, result_file, flags, checkpoint=found))
 
 
-def run_foreground(spec: JobSpec, keep: bool, result_file: str | None, flags: dict[str, Any]) -> int:
+def run_foreground(
+    spec: JobSpec, keep: bool, result_file: str | None, flags: dict[str, Any], checkpoint: Checkpoint | None = None
+) -> int:
     """Be the job's supervisor, and print what is to be said at its end."""
     from imgrun.job import collect, finish
     from imgrun.relay import own_description
@@ -148,7 +167,7 @@ def run_foreground(spec: JobSpec, keep: bool, result_file: str | None, flags: di
     stdio = Stdio(
         own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
     )
-    supervisor = Supervisor(job, spec, stdio)
+    supervisor = Supervisor(job, spec, stdio, checkpoint=checkpoint)
     result = supervisor.run()
     finish(job, keep=keep)
     for warning in result.warnings:
@@ -190,7 +209,7 @@ def write_whole(path: str, text: str) -> None:
         raise ImgrunError(f"cannot write the result to {path}: {e.strerror}", "the job itself has ended") from e
 
 
-def _check_result_file(path: str | None) -> str | None:
+def check_result_file(path: str | None) -> str | None:
     if path is None:
         return None
     directory = os.path.dirname(os.path.abspath(path))
@@ -203,7 +222,7 @@ def _check_result_file(path: str | None) -> str | None:
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
         "cpuset", "pids", "io_weight", "time_limit", "limits_mode", "userns", "init", "network", "seccomp",
-        "stop_timeout")  # fmt: skip
+        "stop_timeout", "checkpoint_exit_code")  # fmt: skip
 
 
 def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
@@ -239,6 +258,14 @@ def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
         given["rlimits"] = (*given.get("rlimits", ()), *flags["rlimit"])
     if flags["tty"]:
         given["tty"] = True
+    if flags["checkpoint_dir"] is not None:
+        given["checkpoint_dir"] = os.path.abspath(flags["checkpoint_dir"])
+    if flags["checkpoint_signal"] is not None:
+        from imgrun.signals import parse_signal
+
+        given["checkpoint_signal"] = parse_signal(flags["checkpoint_signal"])
+        if "checkpoint_dir" not in given:
+            raise SpecError("--checkpoint-signal needs to know where to", "add --checkpoint-dir DIR")
     if flags["stop_signal"] is not None:
         from imgrun.signals import parse_signal
 

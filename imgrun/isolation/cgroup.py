@@ -82,7 +82,8 @@ class JobCgroup:
         """
         places = plan(limits, accounting)
         name = fs.PREFIX + job_id
-        place = _settle(places.place, lim.needed(limits).keys() & places.v2_wanted, job_id)
+        required = places.v2_wanted & lim.needed(limits).keys()
+        place = _settle(places.place, required, job_id)
         directories: list[Directory] = [
             v1.V1Directory(f"{tree.own}/{name}", tree.controllers) for tree in places.v1
         ]
@@ -92,10 +93,8 @@ class JobCgroup:
         made: list[Directory] = []
         try:
             for directory in directories:
-                if directory.version == 2 and place is not None and place.kind == "managed":
-                    with cgroup_place.locked(place.parent):
-                        cgroup_place.hand_out(place.parent, places.v2_wanted)
-                        dirs.make(directory.path)
+                if directory.version == 2 and place is not None:
+                    _make_handed_out(directory.path, place, places.v2_wanted, required)
                 else:
                     dirs.make(directory.path)
                 made.append(directory)
@@ -359,6 +358,20 @@ def _settle(place: Place | None, required: Set[str], job_id: str) -> Place | Non
                 raise
             return place if fs.may_write(place.parent) else None
     return None if place is None or place.kind == "none" else place
+
+
+def _make_handed_out(path: str, place: Place, wanted: frozenset[str], required: Set[str]) -> None:
+    """Make the v2 directory, its parent handing out the controllers that are wanted, if that is ours to change."""
+    if place.kind != "managed" or not wanted:
+        dirs.make(path)
+        return
+    with cgroup_place.locked(place.parent):
+        try:
+            cgroup_place.hand_out(place.parent, wanted)
+        except LimitError:
+            if required:
+                raise
+        dirs.make(path)
 
 
 def reopen(paths: Iterable[str]) -> JobCgroup:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -50,13 +51,17 @@ def under_systemd() -> bool:
 
 
 def unit_of(directory: str, mount: str) -> str | None:
-    """The directory of the nearest systemd unit at or above ``directory``; the hierarchy's root for the root itself."""
+    """The directory of the nearest systemd unit at or above ``directory``; the hierarchy's root for the root itself.
+
+    None for a directory that somebody else made, and for the root that a container sees: that was handed to it.
+    """
     path = directory
     while path != mount:
         if path.endswith(UNIT_SUFFIXES):
             return path
         path = os.path.dirname(path)
-    return mount if directory == mount else None
+    is_root = directory == mount and not os.path.exists(f"{mount}/cgroup.type")
+    return mount if is_root else None
 
 
 def delegated(unit: str) -> bool:
@@ -168,15 +173,32 @@ def check(tree: fs.Tree, place: Place, limits: Limits, controller: str, options:
 # ---- handing out controllers --------------------------------------------------------------------------------------
 
 
+LOCK_TIMEOUT = 2.0
+"""Anybody may lock a directory that he can read, so nobody is waited for longer than this (seconds)."""
+
+
 @contextmanager
-def locked(directory: str) -> Iterator[None]:
-    """Keep other imgrun processes from changing what ``directory`` hands out and which jobs are in it."""
+def locked(directory: str) -> Iterator[bool]:
+    """Keep other imgrun processes from changing what ``directory`` hands out and which jobs are in it.
+
+    Gives whether that was possible. To add to a directory without it is safe; to take away is not.
+    """
     import fcntl
 
+    deadline = time.monotonic() + LOCK_TIMEOUT
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = True
+                break
+            except BlockingIOError:
+                is_locked = False
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
+        yield is_locked
     finally:
         os.close(fd)
 
@@ -236,6 +258,8 @@ def _vacate(directory: str) -> None:
 def _move_all(source: str, target: str) -> tuple[str, OSError] | None:
     """Move the processes of one cgroup into another. Returns the first that could not be moved, with the reason."""
     for pid in (fs.text(f"{source}/cgroup.procs") or "").split():
+        if pid == "0":  # which the kernel would take for the writer
+            return pid, OSError(errno.ESRCH, "it is in another PID namespace")
         try:
             fs.write(f"{target}/cgroup.procs", pid)
         except ProcessLookupError:
@@ -255,8 +279,8 @@ def give_back(parent: str) -> None:
     if our_scope or not os.path.isdir(leaf):
         return
     try:
-        with locked(parent):
-            if dirs.subtree(parent) != [leaf, parent]:
+        with locked(parent) as is_locked:
+            if not is_locked or dirs.subtree(parent) != [leaf, parent]:
                 return
             enabled = _words(f"{parent}/cgroup.subtree_control")
             if enabled:

@@ -69,7 +69,7 @@ class MemoryEvents(NamedTuple):
     Kills without any of these were caused from above: an enclosing cgroup or the host.
     """
     at_limit: int | None = None
-    """How often, at least, usage was at the job's own limit. Taking back page cache mostly helped: no harm by itself."""
+    """How often at least usage was at the job's own limit. Taking back page cache mostly helped: no harm as such."""
 
 
 def seconds(microseconds: int | None) -> float | None:

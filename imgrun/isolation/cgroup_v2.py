@@ -15,6 +15,9 @@ from imgrun.isolation import cgroup_place
 from imgrun.isolation.cgroup_limits import Limits
 from imgrun.isolation.cgroup_usage import CgroupUsage, MemoryEvents, seconds
 
+IO_WEIGHTS = ("io.weight", "io.bfq.weight")
+"""For disks with the I/O cost controller, and for those with the BFQ scheduler: a kernel may have both, one or none."""
+
 
 class V2Directory:
     """The job's directory in the unified hierarchy. Without any controller it freezes, kills, and counts CPU time."""
@@ -46,6 +49,8 @@ class V2Directory:
         for controller, option, name, value, default in self._settings(limits):
             if controller not in self.controls:
                 continue
+            if name in IO_WEIGHTS and not os.path.exists(f"{self.path}/{name}"):
+                continue
             if value is not None:
                 lim.put(self.path, name, value, option)
             elif live and os.path.exists(f"{self.path}/{name}"):
@@ -56,10 +61,7 @@ class V2Directory:
     def _settings(self, limits: Limits) -> list[tuple[str, str, str, str | None, str]]:
         """(controller, option, file, value or None, the kernel's default) of each limit that is one file."""
         quota = None if limits.cpus is None else "{} {}".format(*lim.quota(limits.cpus))
-        io_file = "io.weight" if os.path.exists(f"{self.path}/io.weight") else "io.bfq.weight"
-        io_weight = limits.io_weight
-        if io_weight is not None and io_file == "io.bfq.weight":
-            io_weight = lim.bfq_weight(io_weight)
+        bfq_weight = None if limits.io_weight is None else lim.bfq_weight(limits.io_weight)
 
         def word(value: int | None) -> str | None:
             return None if value is None else str(value)
@@ -71,7 +73,8 @@ class V2Directory:
             ("cpu", "--cpu-weight", "cpu.weight", word(limits.cpu_weight), "100"),
             ("cpuset", "--cpuset", "cpuset.cpus", limits.cpuset, "\n"),
             ("pids", "--pids", "pids.max", word(limits.pids), "max"),
-            ("io", "--io-weight", io_file, word(io_weight), "100"),
+            ("io", "--io-weight", "io.weight", word(limits.io_weight), "100"),
+            ("io", "--io-weight", "io.bfq.weight", word(bfq_weight), "100"),
         ]
 
     def _apply_io_max(self, limits: Limits, live: bool) -> None:

@@ -18,6 +18,7 @@ from imgrun.channel import Channel
 from imgrun.errors import ImgrunError
 from imgrun.init_shim import SHIM
 from imgrun.isolation import limits, mounts, network, security
+from imgrun.isolation.namespaces import stop_importing
 from imgrun.passwd import User
 
 TIOCSPTLCK = 0x40045431
@@ -40,6 +41,7 @@ class Setup(NamedTuple):
     join: tuple[int, ...]
     """v1 ``tasks`` files: writing 0 moves the writer, without the lock that moving another process takes."""
     stdio: tuple[int, ...]
+    """Standard input, output and error; -1 is the job's own /dev/null."""
     tty: bool
     status: int
     argv: list[str]
@@ -93,12 +95,13 @@ def _become_init(setup: Setup) -> None:
     _socket.sethostname(setup.hostname)
     if setup.own_network:
         network.bring_loopback_up()
+    stop_importing()
     mounts.execute_all(setup.operations, mounts.Context(setup.fds))
     if setup.tty:
         setup.channel.send({"terminal": True}, [open_terminal(setup.user.uid)])
     else:
         for target, fd in enumerate(setup.stdio):
-            os.dup2(fd, target)
+            os.dup2(fd if fd >= 0 else os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC), target)
     os.umask(limits.UMASK)
     security.drop_capabilities(setup.capabilities)
     security.no_new_privs()

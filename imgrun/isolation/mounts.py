@@ -20,6 +20,7 @@ from imgrun.init_shim import SHIM
 
 BESIDE = sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS
 NO_ACCESS_TO_DEVICES = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
+KERNEL_TREES = ("/proc", "/sys", "/dev")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = (
     ("fd", "/proc/self/fd"),
@@ -156,11 +157,23 @@ def _create(ctx: Context, parent: int, name: str, directory: bool, path: str) ->
 
 def attach(ctx: Context, mount_fd: int, path: str, *, directory: bool = True) -> None:
     """Put the detached mount at ``path`` of the job's root."""
+    if path in KERNEL_TREES:
+        _refuse_link(ctx, path)
     target = open_target(ctx, path, directory=directory)
     try:
         sc.move_mount(mount_fd, "", target)
     finally:
         os.close(target)
+
+
+def _refuse_link(ctx: Context, path: str) -> None:
+    """What is hidden below these is found by path: a link that changes its meaning on the way would keep it in sight."""
+    try:
+        is_link = stat.S_ISLNK(os.stat(path.lstrip("/"), dir_fd=ctx.root, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return
+    if is_link:
+        raise StartError(f"{path} in the image is a symbolic link", "make it a directory in the image")
 
 
 def is_directory(fd: int) -> bool:
@@ -368,10 +381,10 @@ class Dev(Operation):
         dev = tmpfs(1 << 20, 0o755, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC)
         attach(ctx, dev, "/dev")
         for name in DEVICES:
-            _bind_file(sc.open_tree(f"/dev/{name}", sc.OPEN_TREE_CLONE), dev, name)
+            _bind_device(dev, name)
         if os.path.exists("/dev/fuse"):
             # For jobs of the job: it serves nobody outside the opener's own user namespace.
-            _bind_file(sc.open_tree("/dev/fuse", sc.OPEN_TREE_CLONE), dev, "fuse")
+            _bind_device(dev, "fuse")
         for name, target in DEVICE_LINKS:
             os.symlink(target, name, dir_fd=dev)
         for name in ("pts", "shm", "mqueue", "imgrun"):
@@ -394,6 +407,13 @@ class Dev(Operation):
             os.close(mount)
         _bind_file(ctx.fds["shim"], dev, SHIM.removeprefix("/dev/"))
         os.close(dev)
+
+
+def _bind_device(directory: int, name: str) -> None:
+    """The host's own node: its mode and owner are not the job's to change, not even where its root is the host's."""
+    mount = sc.open_tree(f"/dev/{name}", sc.OPEN_TREE_CLONE)
+    sc.mount_setattr(mount, set=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NOEXEC)
+    _bind_file(mount, directory, name)
 
 
 def _bind_file(mount: int, directory: int, name: str) -> None:
@@ -467,7 +487,7 @@ class Hide(Operation):
     def execute(self, ctx: Context) -> None:
         try:
             target = sc.openat2(self.path, os.O_PATH, ctx.root, resolve=BESIDE)
-        except OSError:
+        except FileNotFoundError:
             return
         mount = tmpfs(4096, 0o555) if is_directory(target) else sc.open_tree("/dev/null", sc.OPEN_TREE_CLONE)
         sc.mount_setattr(mount, set=sc.MOUNT_ATTR_RDONLY)
@@ -488,7 +508,7 @@ class Protect(Operation):
     def execute(self, ctx: Context) -> None:
         try:
             target = sc.openat2(self.path, os.O_PATH, ctx.root, resolve=BESIDE)
-        except OSError:
+        except FileNotFoundError:
             return
         mount = sc.clone_mount(target, recursive=True)
         sc.mount_setattr(mount, set=sc.MOUNT_ATTR_RDONLY, recursive=True)

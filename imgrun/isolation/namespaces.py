@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 from imgrun import syscalls as sc
@@ -81,7 +82,13 @@ def open_all(pid: int) -> dict[str, int]:
     return found
 
 
+def stop_importing() -> None:
+    """From now on nothing is imported: modules would come from the job's own files, and run with our rights."""
+    sys.meta_path.clear()
+
+
 def enter(descriptors: dict[str, int]) -> None:
     """Join the namespaces. The PID namespace counts for the caller's next children only."""
+    stop_importing()
     for fd in descriptors.values():
         sc.setns(fd)

@@ -156,8 +156,18 @@ class SeccompFilter:
             self._ctx = None
 
 
+def filter_for(*, seccomp: str, userns: str, init: str) -> SeccompFilter | None:
+    """The filter of a job with these options of its spec. Raises HostError when libseccomp is missing or refuses."""
+    if seccomp != "off":
+        return seccomp_filter(seccomp, ("reboot",) if init == "image" else ())
+    return seccomp_filter("userns") if userns == "off" else None
+
+
 def seccomp_filter(profile: str = "default", allow: Collection[str] = ()) -> SeccompFilter:
     """Make a filter. "default" denies what container engines deny, except for the system calls in ``allow``.
+
+    "userns" denies new user namespaces only: what a job without one needs. The host's root in a namespace of its own
+    may mount cgroup file systems, and its ids then let it lift the limits of its job.
 
     It is a list of what is denied (EPERM), not of what is allowed: calls that are newer than it are let through.
     clone3 is answered with ENOSYS, as its flags cannot be looked at; C libraries then use clone. ``--init image``
@@ -168,7 +178,7 @@ def seccomp_filter(profile: str = "default", allow: Collection[str] = ()) -> Sec
 
     Raises SpecError for an unknown profile, HostError when libseccomp is missing or refuses.
     """
-    if profile != "default":
+    if profile not in ("default", "userns"):
         raise SpecError(f"there is no system call filter {profile!r}", "choose one of: off, default")
     lib, ffi = _libseccomp()
     ctx = lib.seccomp_init(_ACT_ALLOW)
@@ -176,7 +186,7 @@ def seccomp_filter(profile: str = "default", allow: Collection[str] = ()) -> Sec
         raise HostError("libseccomp cannot make a filter", "leave --seccomp off")
     made = SeccompFilter(lib, ctx)
     try:
-        _fill(lib, ffi, ctx, frozenset(allow))
+        _fill(lib, ffi, ctx, profile, frozenset(allow))
     except BaseException:
         made.close()
         raise
@@ -191,11 +201,11 @@ def _libseccomp() -> tuple[Any, Any]:
     except OSError as e:
         raise HostError(
             "the library libseccomp.so.2 is not on this host",
-            "install it (Debian: libseccomp2, Fedora: libseccomp), or leave --seccomp off",
+            "install it (Debian: libseccomp2, Fedora: libseccomp), or do without --seccomp and --userns off",
         ) from e
 
 
-def _fill(lib: Any, ffi: Any, ctx: Any, allow: frozenset[str]) -> None:
+def _fill(lib: Any, ffi: Any, ctx: Any, profile: str, allow: frozenset[str]) -> None:
     def checked(result: int, what: str) -> None:
         if result < 0 and result != -errno.EEXIST:
             raise HostError(
@@ -220,13 +230,15 @@ def _fill(lib: Any, ffi: Any, ctx: Any, allow: frozenset[str]) -> None:
     lib.seccomp_attr_set(ctx, _ATTR_SSB, 1)
     lib.seccomp_attr_set(ctx, _ATTR_OPTIMIZE, 2)
 
-    for name in DENIED_SYSCALLS:
-        deny(name)
-    for flag in _CLONE_FLAGS:
+    for flag in (sc.CLONE_NEWUSER,) if profile == "userns" else _CLONE_FLAGS:
         deny("clone", 0, flag, flag)
         deny("unshare", 0, flag, flag)
-    deny("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)  # in clone this bit belongs to the exit signal
     deny("clone3", error=errno.ENOSYS)
+    if profile == "userns":
+        return
+    for name in DENIED_SYSCALLS:
+        deny(name)
+    deny("unshare", 0, _CLONE_NEWTIME, _CLONE_NEWTIME)  # in clone this bit belongs to the exit signal
     for command in (_TIOCSTI, _TIOCLINUX):
         deny("ioctl", 1, 0xFFFFFFFF, command)
     deny("socket", 0, 0xFFFFFFFF, _AF_VSOCK)

@@ -9,12 +9,13 @@ ffibuilder = FFI()
 
 ffibuilder.cdef(
     """
-    long ig_clone(uint64_t flags, int cgroup_fd);
+    long ig_clone(uint64_t flags, int cgroup_fd, int pid);
     long ig_userns_holder(void);
     long ig_unshare(int flags);
     long ig_setns(int fd, int flags);
     long ig_pivot_root(const char *new_root, const char *put_old);
     long ig_fs_magic(const char *path);
+    long ig_syncfs(int fd);
     long ig_umount2(const char *target, int flags);
     long ig_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
     long ig_open_tree(int dirfd, const char *path, unsigned int flags);
@@ -70,15 +71,20 @@ ffibuilder.set_source(
 
     #define RESULT(call) do { long ig_r = (call); return ig_r < 0 ? -(long)errno : ig_r; } while (0)
 
-    static long ig_clone(uint64_t flags, int cgroup_fd)
+    static long ig_clone(uint64_t flags, int cgroup_fd, int pid)
     {
         struct clone_args args;
+        pid_t set_tid = pid;
         memset(&args, 0, sizeof args);
         args.flags = flags;
         args.exit_signal = SIGCHLD;
         if (cgroup_fd >= 0) {
             args.flags |= CLONE_INTO_CGROUP;
             args.cgroup = (uint64_t)cgroup_fd;
+        }
+        if (pid > 0) {
+            args.set_tid = (uint64_t)(uintptr_t)&set_tid;
+            args.set_tid_size = 1;
         }
         RESULT(syscall(SYS_clone3, &args, sizeof args));
     }
@@ -104,6 +110,7 @@ ffibuilder.set_source(
 
     static long ig_unshare(int flags) { RESULT(syscall(SYS_unshare, flags)); }
     static long ig_setns(int fd, int flags) { RESULT(syscall(SYS_setns, fd, flags)); }
+    static long ig_syncfs(int fd) { RESULT(syscall(SYS_syncfs, fd)); }
     static long ig_fs_magic(const char *path)
     {
         struct statfs status;

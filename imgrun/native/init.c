@@ -1,16 +1,17 @@
-/* imgrun-init, the shim: one static program with no library, in three roles.
+/* imgrun-init, the shim: one static program with no library, in four roles.
  *
  *   anchor   PID 1 of a job. Forwards signals to the reaper, reaps what is left to it, reports how the job ended and
  *            dies with the supervisor; the kernel then kills all that is left of the job. It is never frozen.
  *   reaper   Its child, the root of the tree that is frozen and restored: leads a session of its own, adopts the
  *            orphans of the job, starts the command, passes signals on to it, and ends exactly as it ended. It holds
  *            standard input, output and error and nothing else from outside: no timer, no parent-death signal.
+ *   adopt    The anchor of a job that CRIU restores: its reaper comes from a checkpoint.
  *   exec     No process stays behind: the command takes this one's place (a job without a shim, or a process that
  *            joins a running job).
  *
  * Usage: imgrun-init ROLE STATUS UID GID GROUPS RLIMITS TTY CWD COMMAND [ARGUMENT...]
  *
- *   ROLE     "init" for anchor and reaper, or "exec"
+ *   ROLE     "init" for anchor and reaper, "adopt", or "exec"
  *   STATUS   descriptor (3 or higher) to which the records below are written
  *   GROUPS   supplementary groups, "10,20"; empty for none; "-" keeps the present ones
  *   RLIMITS  "RESOURCE:SOFT:HARD,..." in the kernel's numbers; empty for none
@@ -47,6 +48,7 @@
 #define CLOSE_RANGE_CLOEXEC 4U
 #define EVERY_SIGNAL (~UINT64_C(0))
 #define SIGNALS 64
+#define REAPER 2 /* the pid of the root of a job's tree, in every life of it */
 #define OWN_FAILURE 125 /* exit status of imgrun's own failures */
 
 static const char default_path[] = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -385,6 +387,16 @@ static int exit_code(int status)
     return status >> 8 & 0xff;
 }
 
+/* Report how the reaper, and so the command, ended, and end the job. */
+static NORETURN void finish(const struct request *request, int status)
+{
+    if (killed_by(status))
+        report(request->status, "signal ", killed_by(status));
+    else
+        report(request->status, "exit ", exit_code(status));
+    quit(killed_by(status) ? 128 + killed_by(status) : exit_code(status));
+}
+
 static NORETURN void reap(const struct request *request, int fd)
 {
     check(fd, "session", SYS(setsid));
@@ -407,6 +419,18 @@ static NORETURN void reap(const struct request *request, int fd)
     long self = SYS(getpid);
     SYS(kill, self, killed_by(status));
     quit(128 + killed_by(status));
+}
+
+/* PID 1 of a job whose tree CRIU brings back: the reaper becomes our child when CRIU, its parent, ends. */
+static NORETURN void adopt(const struct request *request)
+{
+    follow_supervisor(request->status);
+    check(request->status, "session", SYS(setsid));
+    SYS(close_range, 0, 2, 0);
+    rename_process(request, "imgrun-init");
+    SYS(prctl, PR_SET_DUMPABLE, 0);
+    report(request->status, "started ", REAPER);
+    finish(request, watch(REAPER));
 }
 
 static NORETURN void anchor(const struct request *request)
@@ -441,12 +465,7 @@ static NORETURN void anchor(const struct request *request)
     }
     report(request->status, "started ", reaper);
 
-    int status = watch((int)reaper);
-    if (killed_by(status))
-        report(request->status, "signal ", killed_by(status));
-    else
-        report(request->status, "exit ", exit_code(status));
-    quit(killed_by(status) ? 128 + killed_by(status) : exit_code(status));
+    finish(request, watch((int)reaper));
 }
 
 /* Block every signal, and undo the dispositions that an exec keeps. (Setting one that is default already would discard
@@ -505,6 +524,8 @@ NORETURN __attribute__((used)) void shim(const long *stack)
     };
     if (equal(argv[ROLE], "exec"))
         become_command(&request, (int)status);
+    if (equal(argv[ROLE], "adopt"))
+        adopt(&request);
     if (!equal(argv[ROLE], "init"))
         fail((int)status, "arguments", -EINVAL);
     check((int)status, "cwd", SYS(chdir, "/"));

@@ -63,8 +63,8 @@ def build(
     with contextlib.ExitStack() as stack:
         out = os.path.realpath(out)
         stack.enter_context(_reserved(out, force))
-        tools.require_owner_ids()
         _require_programs(recipe, tools)
+        tools.require_owner_ids()
         name = os.path.basename(out)
         place = stack.enter_context(workdir(tools, os.path.dirname(out), f".{name[:200]}.imgrun-", 0o700))
         # Others may pass through, as apt's downloader has a user of its own; each thing below has its own mode.

@@ -165,7 +165,10 @@ def _serves(binding: Binding, offset: int, size: int, block_size: int) -> bool:
 
 
 def _bound_numbers() -> list[int]:
-    names = (name[4:] for name in os.listdir("/sys/block") if name.startswith("loop"))
+    try:
+        names = [name[4:] for name in os.listdir("/sys/block") if name.startswith("loop")]
+    except OSError:
+        return []
     return sorted(int(n) for n in names if n.isdigit() and os.access(f"/sys/block/loop{n}/loop", os.F_OK))
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from imgrun.errors import HostError, ImgrunError, NoSpace, SpecError
 from imgrun.storage import loop, mount
 from imgrun.storage.recipe import ImageOptions, Recipe
-from imgrun.storage.tools import ToolFailed, Tools, is_full, no_space_in
+from imgrun.storage.tools import ToolFailed, Tools, is_full, no_space, no_space_in
 
 # Said in full, so that every release of mke2fs makes a file system that every kernel imgrun supports can mount.
 _EXT_FEATURES = {
@@ -44,8 +44,9 @@ def make(recipe: Recipe, tools: Tools, content: Content, target: str) -> None:
     try:
         makers.get(options.format, _ext)(tools, content, target, options)
     except ToolFailed as error:
-        # A program's own "no space" can be about the new file system.
-        raise (no_space_in(place) if is_full(place) else _failure(recipe, content, error)) from None
+        # Where the new file system has a size, "no space" can be about that.
+        full = no_space_in(place) if is_full(place) else None if size is not None else no_space(error, place)
+        raise full or _failure(recipe, content, error) from None
 
 
 def automatic_size(format: str, content: Content) -> int:

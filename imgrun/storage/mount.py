@@ -72,7 +72,7 @@ def directory(fd: int, *, read_only: bool, nosuid: bool = False) -> int:
     except OSError as e:
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PrivilegeError("the caller may not mount directories", "run imgrun as root") from e
-        raise
+        raise HostError(f"the directory cannot be mounted: {e.strerror}", "is it on an unbindable mount?") from e
     attributes = sc.MOUNT_ATTR_NODEV
     attributes |= sc.MOUNT_ATTR_RDONLY if read_only else 0
     attributes |= sc.MOUNT_ATTR_NOSUID if nosuid else 0

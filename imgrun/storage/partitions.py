@@ -45,16 +45,12 @@ def named(table: Table, wanted: str, path: str) -> Partition:
     Raises PartitionError, with the list, when it names none or several.
     """
     low = wanted.lower()
-    found = [
-        p for p in table.partitions if wanted in (p.label, p.fs_label) or low in (p.uuid.lower(), p.fs_uuid.lower())
-    ]
+    found = [p for p in table.partitions if wanted in (p.label, p.fs_label) or low in (p.uuid.lower(), p.fs_uuid.lower())]
     if len(found) == 1 and wanted:
         return found[0]
     if found and wanted:
         numbers = ", ".join(str(p.number) for p in found)
-        raise PartitionError(
-            f"partitions {numbers} of {path} are all named {wanted!r}", f"give a number: {listing(table)}"
-        )
+        raise PartitionError(f"partitions {numbers} of {path} are all named {wanted!r}", f"give a number: {listing(table)}")
     raise PartitionError(f"{path} has no partition {wanted!r}", f"it has {listing(table)}")
 
 
@@ -81,9 +77,7 @@ def by_type(table: Table, path: str) -> list[Partition]:
 
 def several(table: Table, path: str, candidates: list[Partition], what: str) -> PartitionError:
     numbers = " and ".join(str(p.number) for p in candidates)
-    return PartitionError(
-        f"{path} has {len(candidates)} {what}, {numbers}", f"choose one with --partition: {listing(table)}"
-    )
+    return PartitionError(f"{path} has {len(candidates)} {what}, {numbers}", f"choose one with --partition: {listing(table)}")
 
 
 def none_found(table: Table, path: str) -> PartitionError:

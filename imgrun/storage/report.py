@@ -47,9 +47,7 @@ def _tell(record: dict[str, Any], info: image.ImageInfo) -> None:
         label=info.label or None,
     )
     if info.fstype:
-        record.update(
-            offset=info.offset, filesystem_size=info.size, block_size=info.block_size, sector_size=info.sector_size
-        )
+        record.update(offset=info.offset, filesystem_size=info.size, block_size=info.block_size, sector_size=info.sector_size)
         # An xfs journal is only seen by mounting it.
         record["clean"] = False if info.unclean else None if info.fstype == "xfs" else True
 

@@ -51,9 +51,7 @@ class Scratch:
         when the disk has less than ``size`` free, SpecError when ``size`` is too small for a file system.
         """
         if size is not None and size < SMALLEST:
-            raise SpecError(
-                f"a scratch of {size} bytes is too small", f"give --scratch-size at least {SMALLEST >> 20}M"
-            )
+            raise SpecError(f"a scratch of {size} bytes is too small", f"give --scratch-size at least {SMALLEST >> 20}M")
         try:
             os.mkdir(path, 0o700)
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -131,9 +129,7 @@ class Scratch:
                 "give a smaller --scratch-size, or set IMGRUN_STATE_DIR to a larger disk",
             )
         try:
-            self._image = os.open(
-                FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._directory
-            )
+            self._image = os.open(FILE, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
             os.truncate(self._image, size)
         except OSError as e:
             raise _failed(e, self.path) from e

@@ -62,9 +62,7 @@ def _ext(sb: bytes) -> Superblock:
     elif not state & EXT_VALID:
         unclean = "it was not unmounted cleanly"
     journal = bool(incompatible & EXT_RECOVER and compatible & EXT_HAS_JOURNAL)
-    return Superblock(
-        blocks * block_size, block_size, min(block_size, 4096), unclean, journal and not state & EXT_ERRORS
-    )
+    return Superblock(blocks * block_size, block_size, min(block_size, 4096), unclean, journal and not state & EXT_ERRORS)
 
 
 def _xfs(sb: bytes) -> Superblock:

@@ -29,6 +29,7 @@ _PACKAGES = {
 _KEPT_LINES = 200
 _SIGNS = (re.compile(r"^E: "), re.compile(r"\b[Ee]rror\b"), re.compile(r": \S"))
 """What tells a line that says why a program failed, the surest first."""
+_IDLE = re.compile(r"^[IW]: |Exiting with failure status|Error is not recoverable")
 _LITTLE_SPACE = 4 << 20
 
 
@@ -41,9 +42,14 @@ class ToolFailed(Exception):
         self.status = status
         self.lines = list(lines)
 
+    @property
+    def complete(self) -> bool:
+        """Whether ``lines`` are all there were."""
+        return len(self.lines) < _KEPT_LINES
+
     def summary(self) -> str:
         """The line that says most about why, else how it ended."""
-        said = [line.strip() for line in self.lines if line.strip() and line[:3] not in ("I: ", "W: ")]
+        said = [line.strip() for line in self.lines if line.strip() and not _IDLE.search(line)]
         for sign in _SIGNS:
             for number, line in enumerate(said):
                 if sign.search(line):
@@ -63,9 +69,7 @@ class Tools:
     words for the user; ``debug`` every command and every line.
     """
 
-    def __init__(
-        self, progress: Callable[[str], None] | None = None, debug: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, progress: Callable[[str], None] | None = None, debug: Callable[[str], None] | None = None) -> None:
         self.progress: Callable[[str], None] = progress or (lambda line: None)
         self._debug: Callable[[str], None] = debug or (lambda line: None)
         self.root = os.geteuid() == 0
@@ -96,14 +100,15 @@ class Tools:
         the image's files have. Raises ToolFailed, HostError.
         """
         program = os.path.basename(argv[0])
-        full = [*(self.as_owner() if as_owner else ()), self.find(argv[0]), *argv[1:]]
+        self.find(argv[0])
+        full = [*(self.as_owner() if as_owner else ()), *argv]
         self._debug(f"+ {shlex.join(full)}")
         with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
             given.write(stdin)
             given.seek(0)
             process = subprocess.Popen(
-                full, stdin=given, stdout=written, stderr=subprocess.PIPE, env=self._environment(env or {}),
-                pass_fds=tuple(pass_fds), start_new_session=True,
+                full, executable=self.find(full[0]), stdin=given, stdout=written, stderr=subprocess.PIPE,
+                env=self._environment(env or {}), pass_fds=tuple(pass_fds), start_new_session=True,
             )  # fmt: skip
             lines: list[str] = []
             try:
@@ -126,7 +131,7 @@ class Tools:
 
         For an ordinary user: a user namespace in which the user is root and the subordinate ids are the others.
         """
-        return [] if self.root else [self.find("unshare"), "--user", "--map-root-user", "--map-auto", "--"]
+        return [] if self.root else ["unshare", "--user", "--map-root-user", "--map-auto", "--"]
 
     def confined(self) -> list[str]:
         """What to put before a command that starts programs of others: whatever those leave running dies with it.

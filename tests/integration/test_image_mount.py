@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from images import (
     ESP,
     KINDS,
@@ -28,7 +29,6 @@ from images import (
     run,
     sha256,
 )
-
 from imgrun import image
 from imgrun import syscalls as sc
 from imgrun.errors import (
@@ -310,9 +310,7 @@ def crashed(source: Path, path: Path) -> Path:
 
 @pytest.mark.parametrize("access", ["overlay", "read-only"])
 @pytest.mark.parametrize("kind", ["ext3", "ext4", "xfs", "btrfs"])
-def test_a_journal_is_never_replayed_for_reading(
-    images: Images, kind: str, access: image.Access, tmp_path: Path
-) -> None:
+def test_a_journal_is_never_replayed_for_reading(images: Images, kind: str, access: image.Access, tmp_path: Path) -> None:
     path = crashed(images.filesystem(kind), tmp_path / "image")
     before = sha256(path)
     with pytest.raises(ImageDamaged) as caught, image.open_image(str(path), access) as held:
@@ -368,7 +366,7 @@ def test_an_ext_file_system_that_needs_checking_is_refused(
 def test_contents_are_found_behind_an_unclean_journal_and_then_refused(images: Images, tmp_path: Path) -> None:
     broken = crashed(images.filesystem("ext4"), tmp_path / "image")
     path = make_disk(tmp_path / "disk", [Part(LINUX_DATA, images.data()), Part(LINUX_DATA, broken)], table="dos")
-    with pytest.raises(ImageDamaged, match="partition 2 of .* is not clean"):
+    with pytest.raises(ImageDamaged, match=r"partition 2 of .* is not clean"):
         image.open_image(str(path), "overlay")
 
 
@@ -634,3 +632,13 @@ def test_loop_errors_are_ours() -> None:
             loop.attach(fd, "status", read_only=True)
     finally:
         os.close(fd)
+
+
+def test_a_directory_that_may_not_be_cloned_is_told(tmp_path: Path) -> None:
+    def inside() -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+        sc.set_propagation(str(tmp_path), 1 << 17)  # MS_UNBINDABLE
+        with image.open_image(str(tmp_path), "overlay") as held, pytest.raises(HostError, match="cannot be mounted"):
+            held.mount()
+
+    in_own_mounts(inside)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from images import KINDS, ROOT_X86_64, WRITABLE_KINDS, Images, Part, build_tree, run, sha256
 
+from images import KINDS, ROOT_X86_64, WRITABLE_KINDS, Images, Part, build_tree, run, sha256
 from imgrun import image
 from imgrun.errors import ImageBusy
 from imgrun.storage import lock

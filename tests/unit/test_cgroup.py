@@ -1,4 +1,4 @@
-"""cgroups without privileges: parsing, arithmetic, and the choice of a place, on texts and trees in the kernel's formats.
+"""cgroups without privileges: parsing, arithmetic, the choice of a place, on texts and trees in the kernel's formats.
 
 The stand-ins for cgroup2 directories have the names and contents that Documentation/admin-guide/cgroup-v2.rst gives;
 tests/integration/test_cgroup.py and the guests of tests/vm use real ones.
@@ -254,6 +254,7 @@ V2_FILES = {
     "cpuset.cpus": "\n",
     "io.max": "",
     "io.bfq.weight": "default 100\n",
+    "io.weight": "default 100\n",
     "io.stat": "8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n",
     "memory.current": "4096\n",
     "memory.peak": "8192\n",
@@ -318,6 +319,7 @@ def test_v2_limits_are_written_and_taken_back(tmp_path: Path, monkeypatch: pytes
     written("cpu.weight", "300")
     written("cpuset.cpus", "0-1")
     written("pids.max", "77")
+    written("io.weight", "10000")
     written("io.bfq.weight", "1000")
     written("io.max", "8:0 rbps=10 wbps=max riops=max wiops=20")
 
@@ -462,6 +464,12 @@ def test_nothing_is_asked_of_systemd_when_v2_has_nothing_to_give(host: Host) -> 
     host.make("", "hugetlb")
     host.make("user.slice/user-0.slice/session-3.scope", "")
     assert host.choose("user.slice/user-0.slice/session-3.scope", "memory").kind == "managed"
+
+
+def test_the_root_is_systemds_and_that_of_a_container_is_its_own(host: Host) -> None:
+    assert host.choose("", "cpuset").kind == "plain"
+    host.make("", "cpuset cpu io memory pids", cgroup__type="domain\n")
+    assert host.choose("", "cpuset").kind == "managed"
 
 
 def test_a_user_in_a_session_and_in_a_batch_job(host: Host) -> None:

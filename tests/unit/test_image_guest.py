@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from images import Images, build_tree, elf_header
 
+from images import Images, build_tree, elf_header
 from imgrun.errors import ImageArchError
 from imgrun.image import OsInfo, check_architecture, identify
 from imgrun.storage import guest

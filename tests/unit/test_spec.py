@@ -144,10 +144,11 @@ def test_env_is_not_shared_with_the_caller() -> None:
 
 
 MOUNTS = st.one_of(
-    st.builds(Mount, st.just("bind"), PATHS, PATHS, st.booleans(), st.booleans()),
-    st.builds(Mount, st.just("tmpfs"), PATHS, st.just(""), size=st.none() | st.integers(1, 2**62)),
-    st.builds(Mount, st.just("image"), PATHS, PATHS, st.just(True), partition=st.none() | st.just("2")),
-)
+    st.builds(Mount, st.just("bind"), PATHS, PATHS, st.booleans(), st.booleans(), st.none(), st.none()),
+    st.builds(Mount, st.just("tmpfs"), PATHS, st.just(""), st.just(False), st.just(False),
+              st.none() | st.integers(1, 2**62), st.none()),
+    st.builds(Mount, st.just("image"), PATHS, PATHS, st.just(True), st.just(False), st.none(), st.none() | st.just("2")),
+)  # fmt: skip
 SPECS = st.fixed_dictionaries(
     {"image": PATHS, "command": st.lists(WORDS, min_size=1, max_size=4)},
     optional={

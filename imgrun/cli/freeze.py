@@ -1,0 +1,42 @@
+"""``checkpoint`` and ``restore``."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import click
+
+from imgrun.job import Job
+
+
+@click.command("checkpoint", short_help="Freeze a job to a directory.")
+@click.option("--to", "target", required=True, metavar="DIR", help="Where to; an older checkpoint there is replaced.")
+@click.option("--leave-running", is_flag=True, help="Let the job go on after it.")
+@click.argument("job")
+def checkpoint(target: str, leave_running: bool, job: str) -> None:
+    """Freeze JOB, with its memory, processes and files of the same instant, to DIR."""
+    Job.find(job).checkpoint(target, stop=not leave_running)
+
+
+@click.command("restore", short_help="Continue a job from a checkpoint.")
+@click.option("-d", "--detach", is_flag=True, help="Run in the background and print the job's id.")
+@click.option("--rm/--no-rm", "remove", default=None, help="Forget the job at its end (default in the foreground).")
+@click.option("--result", metavar="FILE", help="Write the result there, as JSON.")
+@click.option("--timings", is_flag=True, help="Print what the start spent its time on.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("directory", metavar="DIR")
+def restore(directory: str, detach: bool, remove: bool | None, **flags: Any) -> NoReturn:
+    """Continue the job that was frozen to DIR where it stood. The checkpoint stays as it is."""
+    from imgrun.checkpoint import load
+    from imgrun.cli.start import check_result_file, run_foreground
+
+    found = load(directory)
+    keep = detach if remove is None else not remove
+    if detach:
+        from imgrun.launcher import start_detached
+
+        print(start_detached(found.spec, keep=keep, checkpoint=found).id)
+        raise click.exceptions.Exit(0)
+    raise click.exceptions.Exit(
+        run_foreground(found.spec, keep, check_result_file(flags["result"]), flags, checkpoint=found)
+    )
