@@ -136,7 +136,9 @@ def _interruptible(out: str) -> Iterator[None]:
 
 
 def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+    # Nobody listening is no reason to stop.
+    with contextlib.suppress(BrokenPipeError):
+        print(words, file=sys.stderr, flush=True)
 
 
 def _human(size: int) -> str:

@@ -97,9 +97,21 @@ def locate(mount: Mount, path: str) -> str | None:
 
 def discover(proc: str = "/proc/self") -> list[Tree]:
     """The hierarchies that the caller can see itself in: v2 first, one entry for each even if mounted twice."""
-    membership = parse_membership(read(f"{proc}/cgroup"))
+    mounts = parse_mounts(read(f"{proc}/mountinfo"))
+    membership = read(f"{proc}/cgroup")
+    while True:
+        trees, gone = _find(mounts, parse_membership(membership))
+        before = membership
+        # Another imgrun process may move this one between reading where it is and looking there.
+        if not gone or (membership := read(f"{proc}/cgroup")) == before:
+            return trees
+
+
+def _find(mounts: list[Mount], membership: dict[str, str]) -> tuple[list[Tree], bool]:
+    """The trees, and whether one was left out because its directory does not exist."""
     found: dict[int, Tree] = {}
-    for mount in parse_mounts(read(f"{proc}/mountinfo")):
+    gone = False
+    for mount in mounts:
         if mount.version == 1 and not mount.controllers:
             continue
         path = membership.get(mount.controllers[0] if mount.version == 1 else "")
@@ -111,9 +123,10 @@ def discover(proc: str = "/proc/self") -> list[Tree]:
             if os.stat(own).st_dev != mount.device:
                 continue
         except OSError:
+            gone = True
             continue
         found[mount.device] = Tree(mount.version, mount.controllers, mount.path.rstrip("/"), own, mount.writable)
-    return sorted(found.values(), key=lambda tree: -tree.version)
+    return sorted(found.values(), key=lambda tree: -tree.version), gone
 
 
 def mount_of(path: str, mounts: list[Mount]) -> Mount | None:

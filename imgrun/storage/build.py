@@ -60,8 +60,9 @@ def build(
     started = time.monotonic()
     tools = Tools(progress, debug)
     mkfs.source_date()
+    out = os.path.realpath(out)
     with contextlib.ExitStack() as stack:
-        out = os.path.realpath(out)
+        stack.enter_context(_explained(tools))
         stack.enter_context(_reserved(out, force))
         _require_programs(recipe, tools)
         tools.require_owner_ids()
@@ -91,6 +92,18 @@ def build(
 
 
 @contextlib.contextmanager
+def _explained(tools: Tools) -> Iterator[None]:
+    """Turn what the operating system refuses outside of any program into one line."""
+    try:
+        yield
+    except OSError as error:
+        path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else tools.temporary
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise no_space_in(path) from None
+        raise HostError(f"{path or 'the build'}: {error.strerror or error}", "--debug shows where it happened") from error
+
+
+@contextlib.contextmanager
 def _reserved(out: str, force: bool) -> Iterator[None]:
     """Refuse a target that cannot be written or replaced; hold an existing one so that no job starts from it."""
     try:
@@ -116,9 +129,7 @@ def _reserved(out: str, force: bool) -> Iterator[None]:
             lock.refuse_attached(fd, out, exclusive=True, wait=0)
         except ImageBusy:
             users = f" by process {', '.join(map(str, pids))}" if (pids := lock.holders(fd)) else ""
-            raise ImageBusy(
-                f"{out} is in use{users}", "wait for that to end ('imgrun ps'), or choose another name"
-            ) from None
+            raise ImageBusy(f"{out} is in use{users}", "wait for that to end ('imgrun ps'), or choose another name") from None
         yield
     finally:
         os.close(fd)

@@ -48,9 +48,7 @@ def source_lines(tools: Tools, distribution: str, release: str, components: Iter
         mirrors = choose(configured(tools), distribution)
     if release in _UNVERSIONED:
         mirrors = {pocket: uri for pocket, uri in mirrors.items() if not pocket}
-    return [
-        f"deb [signed-by={keyring}] {uri} {release}{pocket} {' '.join(components)}" for pocket, uri in mirrors.items()
-    ]
+    return [f"deb [signed-by={keyring}] {uri} {release}{pocket} {' '.join(components)}" for pocket, uri in mirrors.items()]
 
 
 def configured(tools: Tools) -> list[AptSource]:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
@@ -74,7 +73,7 @@ class Tools:
         self._debug: Callable[[str], None] = debug or (lambda line: None)
         self.root = os.geteuid() == 0
         self.temporary = ""
-        self._path = f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}"
+        self._path = ":".join(filter(None, (os.environ.get("PATH"), _SYSTEM_PATH)))
 
     def find(self, program: str) -> str:
         """The path of a program. Raises HostError that names its package."""
@@ -103,7 +102,7 @@ class Tools:
         self.find(argv[0])
         full = [*(self.as_owner() if as_owner else ()), *argv]
         self._debug(f"+ {shlex.join(full)}")
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
+        with _memory_file() as given, _memory_file() as written:
             given.write(stdin)
             given.seek(0)
             process = subprocess.Popen(
@@ -181,6 +180,11 @@ class Tools:
             if words:
                 self.progress(words)
         return list(lines)
+
+
+def _memory_file() -> IO[bytes]:
+    """A file for the streams of a program; unlike a pipe it blocks nobody, and no disk can be too full for it."""
+    return open(os.memfd_create("imgrun", os.MFD_CLOEXEC), "w+b", buffering=0)
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> int:

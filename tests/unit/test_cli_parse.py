@@ -32,10 +32,10 @@ def run(state_dir: Path) -> Imgrun:
 
 def test_every_flag() -> None:
     assert parse(
-        *"--name n --hostname h -u user -w /w -e A=1 --env B=2=3 --read-only --partition 2 --scratch-size 8M"
-        " -v /s:/d:ro --tmpfs /t:1M --mount type=image,src=/i2,dst=/e -m 1G --swap 0 --cpus 1.5 --cpu-weight 5 --cpuset 0"
-        " --pids 9 --io-weight 3 --io-max /dev/sda:rbps=1M --time-limit 1h --rlimit nofile=5 --rlimit core=0"
-        " --userns off --init none --network none --seccomp default -t --stop-signal INT --stop-timeout 3s /i.img -- cmd -x --name y".split()
+        *"--name n --hostname h -u user -w /w -e A=1 --env B=2=3 --read-only --partition 2 --scratch-size 8M -v /s:/d:ro"
+        " --tmpfs /t:1M --mount type=image,src=/i2,dst=/e -m 1G --swap 0 --cpus 1.5 --cpu-weight 5 --cpuset 0 --pids 9"
+        " --io-weight 3 --io-max /dev/sda:rbps=1M --time-limit 1h --rlimit nofile=5 --rlimit core=0 --userns off --init none"
+        " --network none --seccomp default -t --stop-signal INT --stop-timeout 3s /i.img -- cmd -x --name y".split()
     ) == JobSpec(
         image="/i.img", command=("cmd", "-x", "--name", "y"), name="n", hostname="h", user="user", workdir="/w",
         env={"A": "1", "B": "2=3"}, root="read-only", partition="2", scratch_size="8M",  # type: ignore[arg-type]
@@ -168,8 +168,8 @@ def test_version(run: Imgrun) -> None:
         ("nope",), ("--nope",), ("start", "--nope"), ("start",), ("start", "/i"), ("start", "--cpus", "x", "/i", "c"),
         ("inspect",), ("inspect", "x"), ("logs", "x"), ("wait", "x"), ("wait", "--timeout", "soon", "x"), ("rm",),
         ("rm", "x"), ("stop", "x"), ("signal", "x"), ("signal", "x", "TERM"), ("exec", "x"), ("exec", "x", "true"),
-        ("gc", "--older-than", "x"), ("start", "--result", "/nope/r.json", "/i", "c"), ("start", "/nope.img", "c"), ("start", "-d", "--timings", "/i", "c"),
-        ("start", "--spec", "/nope.toml"), ("start", "--rlimit", "nofile=x", "/i", "c"),
+        ("gc", "--older-than", "x"), ("start", "--result", "/nope/r.json", "/i", "c"), ("start", "/nope.img", "c"),
+        ("start", "-d", "--timings", "/i", "c"), ("start", "--spec", "/nope.toml"), ("start", "--rlimit", "nofile=x", "/i", "c"),
     ],
 )  # fmt: skip
 def test_every_error_is_a_line_and_a_hint(run: Imgrun, words: tuple[str, ...]) -> None:
