@@ -123,7 +123,10 @@ def _enter_and_run(entry: Entry) -> None:
     if entry.tty:
         entry.channel.send({"terminal": True}, [open_terminal(entry.user.uid)])
     else:
-        entry.channel.send({"streams": True}, _open_streams(entry.user.uid))
+        others = _open_streams(entry.user.uid)
+        entry.channel.send({"streams": True}, others)
+        for fd in others:
+            os.close(fd)
     # A process of the job's PID namespace, which we ourselves are not; we stay to tell how it ended.
     child = sc.clone(0)
     if child == 0:

@@ -30,6 +30,11 @@ DEVICE_LINKS = (
     ("ptmx", "pts/ptmx"),
 )
 
+STAGE = "/etc"
+"""A directory that every host has and from which nothing more is needed. Not ``/``: what is stacked there would have to be
+detached by itself, and each detaching waits for all processors (synchronize_rcu)."""
+
+
 class Context:
     """What operations share: the supervisor's descriptors by name, the staging area, and the root being built."""
 
@@ -181,16 +186,15 @@ def is_directory(fd: int) -> bool:
 
 
 class Isolate(Operation):
-    """Stop mount events to and from the host, and lay a small tmpfs over ``/`` to build on."""
+    """Stop mount events to and from the host, and lay a small tmpfs over a directory of it to build on."""
 
     def describe(self) -> str:
-        return "make all mounts private and lay a staging tmpfs over /"
+        return f"make all mounts private and lay a staging tmpfs over {STAGE}"
 
     def execute(self, ctx: Context) -> None:
         sc.set_propagation("/", sc.MS_PRIVATE | sc.MS_REC)
         stage = tmpfs(1 << 20, 0o755)
-        # Absolute paths still go to what is below: a walk from the root does not step up onto what is mounted over it.
-        sc.move_mount(stage, "/")
+        sc.move_mount(stage, STAGE)
         ctx.stage = stage
         os.fchdir(stage)
         for name in ("lower", "scratch", "root"):
@@ -536,9 +540,7 @@ class EnterRoot(Operation):
     def execute(self, ctx: Context) -> None:
         os.fchdir(ctx.root)
         sc.pivot_root(".", ".")
-        # "." leads to what is stacked on the new root: first the staging area, then the host's root below it. While
-        # either is there, "/.." leads out.
-        sc.umount(".", sc.MNT_DETACH)
+        # "." leads to what is now stacked on the new root, which is the old one. While it is there, "/.." leads out.
         sc.umount(".", sc.MNT_DETACH)
         os.chdir("/")
         if os.path.samestat(os.stat("/"), os.stat("/..")) and _mounts_at_root() == 1:
