@@ -20,8 +20,8 @@ class Table:
         self.rows.append(cells)
 
     def lines(self) -> list[str]:
-        widths = [max(len(row[i]) for row in (self.columns, *self.rows)) for i in range(len(self.columns))]
-        rule = ["-" * max(widths[0], 3)] + ["-" * (max(width, 3) - 1) + ":" for width in widths[1:]]
+        widths = [max(3, *(len(row[i]) for row in (self.columns, *self.rows))) for i in range(len(self.columns))]
+        rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
         return [_line(cells, widths) for cells in (self.columns, tuple(rule), *self.rows)]
 
 

@@ -1,4 +1,4 @@
-"""What a sparse loopback device costs: writing into its holes, over what is there, and with or without direct I/O."""
+"""What a loopback device costs: writing into a sparse file's holes and over what is there, and direct I/O both ways."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 
 from bench.harness import Case, Unavailable, interleave
 from bench.place import Place
-from bench.report import Section, matrix, size
+from bench.report import Section, Table, matrix, milliseconds, size
 from bench.rooms import Room, build_program, forget_cached, in_directory
 
-TITLE = "The price of a sparse loopback device"
+TITLE = "The price of a loopback device"
 HOST = "host file system"
 MIB = {False: 512, True: 64}
 SYNC_WRITES = {False: 400, True: 100}
@@ -51,6 +51,7 @@ def measure(place: Place) -> Section:
     if grown is not None:
         section.find(f"The sparse file took {size(grown)} of the disk for {mib} MiB of data and its file system.")
     section.refusals(outcome)
+    _readers(place, section)
     return section
 
 
@@ -116,6 +117,55 @@ def _on_device(place: Place, prepare: Callable[[str, int], None], direct: bool) 
         raise Unavailable(str(e)) from e
     finally:
         os.unlink(path)
+
+
+def _readers(place: Place, section: Section) -> None:
+    """Direct I/O for images that are only read: whose cache is it?"""
+    readers: dict[str, Case] = {mode: partial(_read_image, place, mode == "direct") for mode in ("direct", "buffered")}
+    outcome = interleave(readers, rounds=ROUNDS[place.quick], warmups=0, seconds=60)
+    section.data["readers"] = outcome
+    section.say(
+        f"""The root's ext4 image, attached read-only: all files of /usr read with cold caches, again, and by the next job,
+        which attaches the image anew. Page cache: what the kernel then keeps of it. {outcome.runs()} runs."""
+    )
+    table = Table("device", "cold", "again", "next job", "page cache")
+    for mode in outcome.values:
+        cells = [milliseconds(outcome.median(mode, name)) for name in ("cold", "again", "next")]
+        table.row(mode, *cells, size(outcome.median(mode, "cache")))
+    section.add(table)
+    price = outcome.ratio("direct", "buffered", "next")
+    if price is not None:
+        section.find(f"With direct I/O the next job of an image reads its files in {price:.2f}x of the time without it.")
+    section.refusals(outcome)
+
+
+def _read_image(place: Place, direct: bool) -> Mapping[str, float]:
+    from imgrun import ImgrunError
+    from imgrun.image import open_image
+
+    measured: dict[str, float] = {}
+    forget_cached(3)
+    before = _cached()
+    try:
+        for names in (("cold", "again"), ("next",)):
+            with open_image(place.image, "read-only", direct_io=direct) as image:
+                root = image.mount()
+                try:
+                    with in_directory(place, f"/proc/{os.getpid()}/fd/{root}", enter=False) as room:
+                        for name in names:
+                            measured[name] = room.ask("read-all", "usr")
+                    measured.setdefault("cache", float(_cached() - before))
+                finally:
+                    os.close(root)
+    except ImgrunError as e:
+        raise Unavailable(str(e)) from e
+    return measured
+
+
+def _cached() -> int:
+    """The bytes in the page cache (proc_meminfo(5))."""
+    with open("/proc/meminfo", encoding="ascii") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("Cached:"))
 
 
 def _write(place: Place, room: Room) -> Mapping[str, float]:

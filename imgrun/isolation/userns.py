@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from imgrun.errors import HostError, ImgrunError
@@ -84,11 +85,11 @@ def subordinate_ranges(path: str, user: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _slots() -> tuple[list[int], Literal["subuid", "default"]]:
+def _slots() -> tuple[Sequence[int], Literal["subuid", "default"]]:
     """The first ids of all ranges that root's jobs may use."""
     uids = subordinate_ranges("/etc/subuid", SUBID_USER)
     if not uids:
-        return [slot * RANGE for slot in range(FIRST_SLOT, LAST_SLOT + 1)], "default"
+        return range(FIRST_SLOT * RANGE, (LAST_SLOT + 1) * RANGE, RANGE), "default"
     gids = subordinate_ranges("/etc/subgid", SUBID_USER)
     starts = [
         start
