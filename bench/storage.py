@@ -126,7 +126,7 @@ def _findings(section: Section, outcome: Outcome) -> None:
 
     image, squashfs = "ext4 image, overlay", "squashfs, overlay"
     names = {
-        "the default, an overlay on an ext4 image": image,
+        "an overlay on an ext4 image (the default)": image,
         "a sized scratch": "ext4 image, overlay, sized scratch",
         "`--writable`": "ext4 image, writable",
     }

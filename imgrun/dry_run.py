@@ -18,7 +18,10 @@ def describe(spec: JobSpec) -> list[str]:
     notes = check_limits(spec.limits())
     sources = [RootImage(info, spec.root), ScratchDir.planned(spec.scratch_size), Shim(init_shim.program())]
     hostname = spec.hostname or spec.name or "job-ID"
-    plan = build_plan(spec, hostname=hostname, base_sources=[*sources], cgroup_views=(("", "DIR"),), owner=None)
+    plan = build_plan(
+        spec, hostname=hostname, base_sources=[*sources], cgroup_views=(("", "DIR"),), owner=None,
+        host_ids=spec.userns == "off",
+    )
     asked = [f"{key}={value}" for key, value in spec.limits()._asdict().items() if value]
     kinds = ["mount", "PID", "UTS", "IPC", "cgroup"]
     if spec.userns == "auto":

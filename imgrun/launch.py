@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import resource
 
     from imgrun.checkpoint import Checkpoint, Subject
+    from imgrun.pmu.counters import Counters
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
@@ -63,6 +64,8 @@ class Launch:
         self.setup_seconds = (0.0, 0.0)
         """User and system time that the first process took before it became the job's init; not the job's use."""
         self.server: Helper | None = None
+        self._counters: Counters | None = None
+        self._counted_before: dict[str, int | None] = {}
         self.union_server: Helper | None = None
         self._pasta = ""
         self.init_stop_signal: int | None = None
@@ -119,16 +122,23 @@ class Launch:
         owner = self.outside_ids() or (self.user.uid, self.user.gid)
         if self.rootless and spec.root != "writable" and not union.kernel_can(f"{self.job.path}/probe"):
             base = self._use_fuse_overlay(scratch)
-        self.plan = build_plan(
-            spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner,
-            again=self.checkpoint is not None,
-        )
+        self._host_ids = spec.userns == "off"
+
+        def plan() -> Plan:
+            return build_plan(
+                spec, hostname=self.hostname, base_sources=base, cgroup_views=self._cgroup_views(), owner=owner,
+                again=self.checkpoint is not None, host_ids=self._host_ids,
+            )  # fmt: skip
+
+        self.plan = plan()
         try:
             self._open_sources()
         except IdMapUnsupported as e:
             if spec.userns != "auto" or any(m.idmap for m in spec.mounts):
                 raise
             self._use_host_ids(e)
+            self.plan = plan()
+            self._open_sources()
         self.mark("mounts prepared")
 
     def _become_root(self) -> None:
@@ -155,7 +165,12 @@ class Launch:
                     f"--user {self.spec.user}: id {number} is not among the ids you have",
                     "ask your administrator for subordinate ids in /etc/subuid and /etc/subgid, or run as root",
                 )
-        return user
+        return user._replace(groups=tuple(g for g in user.groups if self._has_group(g)))
+
+    def _has_group(self, gid: int) -> bool:
+        if self.spec.userns == "off":
+            return True
+        return gid < userns.RANGE if self._ids is None else self._ids.outside_gid(gid) is not None
 
     def _use_fuse_overlay(self, scratch: Scratch) -> list[Source]:
         """Where the kernel refuses an overlay to us, a file server makes one; to the plan it is the root itself."""
@@ -177,7 +192,7 @@ class Launch:
         """The stated fallback where mounts cannot be id-mapped."""
         self.warnings.append(f"{why.message}: the job's user namespace uses the host's own ids")
         self._ids = userns.identity()
-        self._open_sources()
+        self._host_ids = True
 
     def _make_cgroup(self) -> None:
         asked = self.spec.limits()
@@ -285,7 +300,7 @@ class Launch:
         own_network = self.spec.network != "host"
         setup = Setup(
             channel=theirs, supervisors_end=self.channel, operations=self.plan.operations, fds=self._fds,
-            hostname=self.hostname, user=self.user, userns=self._ids is not None,
+            hostname=self.hostname, user=self.user, userns=self._ids is not None, host_ids=self._host_ids,
             drop_groups=self._may_set_groups(), own_network=own_network,
             join=tuple(self._cgroup.join_descriptors()), stdio=stdio, tty=self.spec.tty, status=status,
             argv=self._shim_argv(status), env=self.environment(), capabilities=self.capabilities,
@@ -307,11 +322,30 @@ class Launch:
             log = f"{self.job.path}/pasta.log"
             helper = network.connect_private(self._pasta, self.pid, log, as_root=not self.rootless)
             self._undo.append(helper.close)
+        self.start_counting()
         try:
             self.channel.send({"go": True})
         except OSError:
             pass  # it has died: the caller reads why, or that it said nothing
         self._close_mounts()
+
+    def start_counting(self) -> None:
+        """Open the performance counters, before the command runs."""
+        if self.spec.pmu == "off" or self._cgroup is None:
+            return
+        from imgrun.pmu.counters import Counters
+
+        directory = self._cgroup.clone_into
+        self._counters = Counters.of_cgroup(directory) if directory >= 0 else Counters.of_process(self.pid)
+        self._undo.append(self._counters.close)
+        if self.spec.pmu == "require":
+            self._counters.require_hardware()
+
+    def note_setup(self, user_seconds: float, system_seconds: float) -> None:
+        """What making the job has cost until its init is executed: none of it is the job's own use."""
+        self.setup_seconds = (user_seconds, system_seconds)
+        if self._counters is not None and self._counters.scope == "cgroup":
+            self._counted_before = self._counters.read().counts
 
     def _close_mounts(self) -> None:
         for fd in self._fds.values():
@@ -404,6 +438,16 @@ class Launch:
             usage.read_bytes, usage.written_bytes = reaped.ru_inblock * 512, reaped.ru_oublock * 512
         usage.user_seconds = _less(usage.user_seconds, self.setup_seconds[0])
         usage.system_seconds = _less(usage.system_seconds, self.setup_seconds[1])
+        if self._counters is not None:
+            from imgrun.pmu.events import rates
+
+            found = self._counters.read()
+            before = self._counted_before
+            usage.counts = {k: None if v is None else v - (before.get(k) or 0) for k, v in found.counts.items()}
+            usage.rates = rates(usage.counts)._asdict()
+            usage.counted = " ".join(
+                [found.scope, *(["user"] if found.user_only else []), *(["scaled"] if found.scaled else [])]
+            )
         usage.scratch_bytes = self.scratch.used()
         return usage
 

@@ -41,6 +41,8 @@ def read_file(root_fd: int, path: str, limit: int = LIMIT) -> str | None:
             return None
         with open(fd, "rb", closefd=False) as f:
             return f.read(limit).decode(errors="surrogateescape")
+    except OSError:
+        return None
     finally:
         os.close(fd)
 
@@ -58,12 +60,13 @@ def resolve(root_fd: int, path: str) -> str | None:
 
 
 def _entries(text: str | None, fields: int) -> list[list[str]]:
-    rows = [line.split(":") for line in (text or "").splitlines()]
+    rows = [line.split(":") for line in (text or "").splitlines() if "\0" not in line]
     return [row for row in rows if len(row) >= fields]
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**32 - 1 else None
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else 2**32
+    return number if number < 2**32 - 1 else None
 
 
 def lookup(root_fd: int, user: str) -> User:

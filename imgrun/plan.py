@@ -49,10 +49,12 @@ def build_plan(
     cgroup_views: tuple[tuple[str, str], ...],
     owner: tuple[int, int] | None,
     again: bool = False,
+    host_ids: bool = False,
 ) -> Plan:
     """The plan for ``spec``. ``owner`` is the host's ids of the job's user, for id-mapped binds.
 
-    ``again`` is for a job that continues: its files in /etc are among those it brings with it.
+    ``again`` is for a job that continues: its files in /etc are among those it brings with it. ``host_ids``:
+    the job's root has the host's id 0, which owns most files in /proc and /sys.
     """
     own_network = spec.network != "host"
     sources = [*base_sources, HostSys()]
@@ -60,7 +62,7 @@ def build_plan(
     composed = any(isinstance(source, Union) for source in base_sources)
     ops.append(m.Root(ours=composed) if composed or spec.root == "writable" else m.Overlay())
     ops += [m.Proc(), m.Sys(own_network), m.CgroupView(cgroup_views, writable=spec.init == "image"), m.Dev()]
-    if spec.userns == "off":
+    if host_ids:
         from imgrun.isolation.security import MASKED_PATHS, READONLY_PATHS
 
         ops += [m.Hide(path) for path in MASKED_PATHS]

@@ -42,6 +42,12 @@ class Usage:
     memory_full_stalled: float | None = None
     io_full_stalled: float | None = None
     scratch_bytes: int | None = None
+    counts: dict[str, int | None] | None = None
+    """Performance counters by the names of imgrun.pmu.events; a counter that the host lacks is None."""
+    rates: dict[str, float | None] | None = None
+    """Ratios of them: instructions per cycle and the like."""
+    counted: str | None = None
+    """What they are of: cgroup or inherited, with ``user`` for user space only and ``scaled`` for extrapolated counts."""
     source: str | None = None
 
 

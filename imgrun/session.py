@@ -18,7 +18,7 @@ from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.errors import ImgrunError, JobStateError, StartError
 from imgrun.init_shim import SHIM, StatusReader, StepFailed
-from imgrun.isolation import limits, namespaces, security
+from imgrun.isolation import limits, namespaces, security, userns
 from imgrun.isolation.cgroup import reopen
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
@@ -39,6 +39,7 @@ class Entry(NamedTuple):
     env: dict[str, str]
     tty: bool
     status: int
+    drop_groups: bool
     filter: security.SeccompFilter | None
 
 
@@ -65,6 +66,9 @@ def execute(
         raise JobStateError(f"job {job.id} ended meanwhile", "see 'imgrun inspect' for how") from e
     who = passwd.lookup(root, user or spec.user or "0")
     os.close(root)
+    gids = userns.gids_of(init)
+    may_set_groups = sum(map(len, gids)) > 1
+    who = who._replace(groups=tuple(g for g in who.groups if any(g in ids for ids in gids)))
     cwd = workdir or spec.workdir or "/"
     cgroup = reopen(job.cgroup_paths())
     ours, theirs = Channel.pair()
@@ -73,11 +77,11 @@ def execute(
         channel=theirs, namespaces=descriptors, join=tuple(cgroup.join_descriptors()),
         capabilities=job.capabilities(), user=who,
         argv=init_shim.arguments(
-            command, status_fd=status_write, role="exec", uid=who.uid, gid=who.gid, groups=who.groups, cwd=cwd, tty=tty,
-            rlimits=spec.rlimits,
+            command, status_fd=status_write, role="exec", uid=who.uid, gid=who.gid,
+            groups=who.groups if may_set_groups else None, cwd=cwd, tty=tty, rlimits=spec.rlimits,
         ),
         env={**login_environment(who, job.id, tty=tty), **spec.env, **(env or {})}, tty=tty, status=status_write,
-        filter=security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init),
+        drop_groups=may_set_groups, filter=security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init),
     )  # fmt: skip
     try:
         pid = namespaces.spawn(0, lambda: _enter(entry, ours), cgroup.clone_into)
@@ -114,7 +118,8 @@ def _enter_and_run(entry: Entry) -> None:
     namespaces.enter(entry.namespaces)
     if "user" in entry.namespaces:
         os.setresgid(0, 0, 0)
-        os.setgroups([])
+        if entry.drop_groups:
+            os.setgroups([])
         os.setresuid(0, 0, 0)
     os.chdir("/")
     security.fresh_keyring()

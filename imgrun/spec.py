@@ -21,6 +21,7 @@ Userns = Literal["auto", "off"]
 Init = Literal["shim", "none", "image"]
 Network = Literal["host", "none", "private"]
 Seccomp = Literal["off", "default"]
+Pmu = Literal["auto", "off", "require"]
 LimitsMode = Literal["strict", "best-effort"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "init": ("shim", "none", "image"),
     "network": ("host", "none", "private"),
     "seccomp": ("off", "default"),
+    "pmu": ("auto", "off", "require"),
 }
 LIMIT_KEYS = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "io_max", "time_limit", "rlimits")
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -94,6 +96,8 @@ class JobSpec:
     init: Init = "shim"
     network: Network = "host"
     seccomp: Seccomp = "off"
+    # records
+    pmu: Pmu = "auto"
     # checkpoint
     checkpoint_dir: str | None = None
     """Where the job is frozen to on request; a checkpoint found there is continued by ``imgrun start``."""

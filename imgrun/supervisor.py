@@ -233,7 +233,8 @@ class Supervisor:
                 kind = getattr(errors, message["error"], StartError)
                 raise kind(message["message"], message["hint"])
             if "spent" in message:
-                launch.setup_seconds = (message["spent"][0], message["spent"][1])
+                launch.note_setup(message["spent"][0], message["spent"][1])
+                launch.channel.send({"run": True})
             if "terminal" in message:
                 self._adopt_terminal(fds[0])
         launch.mark("namespaces and mounts")

@@ -73,6 +73,8 @@ PR_SET_NAME = 15
 
 CLOSE_RANGE_CLOEXEC = 4
 
+PERF_FLAG_PID_CGROUP = 4
+
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_DIRECT_IO = 16
@@ -114,6 +116,24 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def syncfs(fd: int) -> None:
     """Write everything of the file system of ``fd`` to its disk (syncfs(2))."""
     _checked(_lib.ig_syncfs(fd))
+
+
+def perf_event_open(
+    type: int,
+    config: int,
+    pid: int,
+    cpu: int,
+    group: int,
+    flags: int,
+    *,
+    inherit: bool,
+    enable_on_exec: bool,
+    exclude_kernel: bool,
+) -> int:
+    """Open a counter that is read as three 64-bit numbers: count, time enabled, time running (perf_event_open(2))."""
+    return _checked(
+        _lib.ig_perf_event_open(type, config, pid, cpu, group, flags, inherit, enable_on_exec, exclude_kernel)
+    )
 
 
 def fs_magic(path: str) -> int:

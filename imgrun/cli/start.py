@@ -99,6 +99,8 @@ choice = click.Choice
 @group(
     "records",
     option("--result", metavar="FILE", help="Write the result there, as JSON."),
+    option("--classad", metavar="FILE", help="Write the result there, as a ClassAd."),
+    option("--pmu", type=choice(CHOICES["pmu"]), help="Performance counters: what there is, none, or refuse without."),
     option("--timings", is_flag=True, help="Print what the start spent its time on."),
 )
 @group(
@@ -138,10 +140,11 @@ def start(**flags: Any) -> NoReturn:
             os.makedirs(spec.checkpoint_dir, mode=0o700, exist_ok=True)  # a scheduler may list it as output
     keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
     result_file = check_result_file(flags["result"])
+    flags["classad"] = check_result_file(flags["classad"])
     if flags["detach"]:
-        if result_file or flags["timings"] or flags["interactive"]:
+        if result_file or flags["classad"] or flags["timings"] or flags["interactive"]:
             raise SpecError(
-                "--result, --timings and --interactive need the foreground, and --detach leaves it",
+                "--result, --classad, --timings and --interactive need the foreground, and --detach leaves it",
                 "drop one; 'imgrun inspect' shows the result of a background job",
             )
         from imgrun.launcher import start_detached
@@ -184,6 +187,10 @@ def run_foreground(
             write_whole(result_file, text)
         if flags["as_json"]:
             print(text, end="")
+    if flags.get("classad"):
+        from imgrun.classad import text as as_classad
+
+        write_whole(flags["classad"], as_classad(result))
     if flags["timings"]:
         for step, milliseconds in result.timings.items():
             print(f"{milliseconds:10.3f} ms  {step}", file=sys.stderr)
@@ -212,6 +219,8 @@ def write_whole(path: str, text: str) -> None:
 def check_result_file(path: str | None) -> str | None:
     if path is None:
         return None
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path) and os.access(path, os.W_OK):
+        return path
     directory = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(directory) or os.path.isdir(path):
         raise SpecError(f"cannot write the result to {path}", "give a file in a directory that exists")
@@ -222,7 +231,7 @@ def check_result_file(path: str | None) -> str | None:
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
         "cpuset", "pids", "io_weight", "time_limit", "limits_mode", "userns", "init", "network", "seccomp",
-        "stop_timeout", "checkpoint_exit_code")  # fmt: skip
+        "stop_timeout", "checkpoint_exit_code", "pmu")  # fmt: skip
 
 
 def spec_from_flags(flags: dict[str, Any]) -> JobSpec:

@@ -94,6 +94,10 @@ def choose(tree: fs.Tree, wanted: frozenset[str]) -> Place:
     writable = tree.writable and all(
         fs.may_write(path) for path in (own, f"{own}/cgroup.procs", f"{own}/cgroup.subtree_control")
     )
+    kind_of_cgroup = fs.text(f"{own}/cgroup.type") or "domain"
+    if kind_of_cgroup != "domain":
+        reason = f"the cgroup {own} is {kind_of_cgroup}, so no job can be below it"
+        return Place("none", own, frozenset(), reason, "start imgrun in another cgroup")
     unit = unit_of(own, tree.mount) if under_systemd() else None
     nothing_to_do = wanted & _words(f"{tree.mount}/cgroup.controllers") <= handed_out
     if writable and (nothing_to_do or unit is None or delegated(unit)):
@@ -227,15 +231,26 @@ def hand_out_more(job: str, wanted: frozenset[str]) -> None:
 
 
 def _enable(path: str, controllers: frozenset[str]) -> bool:
-    command = " ".join(f"+{name}" for name in sorted(controllers))
-    for _ in range(50):  # whoever forks while we move processes needs another round
+    """Enable the controllers, the directory's own processes being moved out of the way.
+
+    The kernel refuses domain controllers (memory, io) where there are processes; threaded ones (cpu, cpuset, pids) it
+    enables, but then takes the children for threads of the same job: nothing could be put in them. So both wait until
+    the directory is empty; whoever forks meanwhile needs another round.
+    """
+    directory = os.path.dirname(path)
+    is_root = not os.path.exists(f"{directory}/cgroup.type")
+    for _ in range(50):
+        if not is_root and fs.text(f"{directory}/cgroup.procs"):
+            _vacate(directory)
         try:
-            fs.write(path, command)
-            return True
+            fs.write(path, " ".join(f"+{name}" for name in sorted(controllers)))
         except OSError as error:
             if error.errno != errno.EBUSY:
                 return False
-        _vacate(os.path.dirname(path))
+            continue
+        if is_root or not fs.text(f"{directory}/cgroup.procs"):
+            return True
+        fs.write(path, " ".join(f"-{name}" for name in sorted(controllers)))
     return False
 
 

@@ -36,6 +36,8 @@ class Setup(NamedTuple):
     hostname: str
     user: User
     userns: bool
+    host_ids: bool
+    """Whether the job's root has the host's id 0."""
     drop_groups: bool
     own_network: bool
     join: tuple[int, ...]
@@ -92,6 +94,8 @@ def _become_init(setup: Setup) -> None:
         os.setresuid(0, 0, 0)
     sc.unshare(sc.CLONE_NEWCGROUP)
     security.fresh_keyring()
+    if setup.userns and setup.host_ids:
+        security.forbid_user_namespaces()
     _socket.sethostname(setup.hostname)
     if setup.own_network:
         network.bring_loopback_up()
@@ -112,7 +116,10 @@ def _become_init(setup: Setup) -> None:
     sc.close_range_cloexec(3)
     os.set_inheritable(setup.status, True)
     spent = os.times()
+    # What we did so far is not the job's; the supervisor notes where its counters stand.
     setup.channel.send({"spent": [spent.user, spent.system]})
+    if setup.channel.receive() is None:
+        os._exit(125)
     if setup.filter is not None:
         setup.filter.load()
     os.execve(SHIM, setup.argv, setup.env)

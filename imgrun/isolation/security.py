@@ -31,18 +31,18 @@ DEFAULT_CAPABILITIES = frozenset((
 ))  # fmt: skip
 """What the root of a job keeps, as that of a podman container. ``--init image`` adds SYS_BOOT: it powers off."""
 
-# Without a user namespace the job's root is the host's for every check that looks at ids alone, as those of most files
-# in /proc and /sys do. With one, its ids own nothing there, so nothing has to be covered; and nothing must be, as the
+# With the host's own ids the job's root is the host's for every check that looks at ids alone, as those of most files
+# in /proc and /sys do. With others, its ids own nothing there, so nothing has to be covered; and nothing must be, as the
 # kernel lets a nested user namespace mount a /proc or /sys of its own only where none of the outer one is covered.
 MASKED_PATHS = (
     "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/kpagecgroup", "/proc/kpagecount",
     "/proc/kpageflags", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list",
     "/proc/timer_stats", "/sys/dev/block", "/sys/devices/virtual/powercap", "/sys/firmware", "/sys/fs/selinux",
 )  # fmt: skip
-"""Covered by nothing (/dev/null, an empty directory) in a job without a user namespace; not all exist everywhere."""
+"""Covered by nothing (/dev/null, an empty directory) in a job with the host's ids; not all exist everywhere."""
 
 READONLY_PATHS = ("/proc/asound", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-"""Made read-only in a job without a user namespace."""
+"""Made read-only in a job with the host's ids."""
 
 DENIED_SYSCALLS = (
     # the kernel itself
@@ -111,6 +111,12 @@ def drop_capabilities(keep: Iterable[str] = DEFAULT_CAPABILITIES) -> None:
 def no_new_privs() -> None:
     """From now on no set-uid program or file capability gives this process or its children anything (prctl(2))."""
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
+
+
+def forbid_user_namespaces() -> None:
+    """Let none be made below this process's own. Needs CAP_SYS_RESOURCE in it, as undoing it does (namespaces(7))."""
+    with open("/proc/sys/user/max_user_namespaces", "wb") as f:
+        f.write(b"0")
 
 
 def fresh_keyring() -> None:

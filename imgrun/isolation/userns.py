@@ -138,6 +138,16 @@ def hold_range(directory: str = "/run/imgrun/ids") -> HeldMap:
     )
 
 
+def gids_of(pid: int) -> list[range]:
+    """The gids that the user namespace of ``pid`` has; none when it is gone."""
+    try:
+        with open(f"/proc/{pid}/gid_map", "rb") as f:
+            rows = [tuple(map(int, line.split())) for line in f]
+    except OSError:
+        return []
+    return [range(inside, inside + size) for inside, _, size in rows]
+
+
 def write_maps(pid: int, ids: IdMap) -> None:
     """Give the user namespace of ``pid`` its ids. The caller needs CAP_SETUID and CAP_SETGID in the parent namespace."""
     for name, ranges in (("uid_map", ids.uids), ("gid_map", ids.gids)):

@@ -16,6 +16,8 @@ ffibuilder.cdef(
     long ig_pivot_root(const char *new_root, const char *put_old);
     long ig_fs_magic(const char *path);
     long ig_syncfs(int fd);
+    long ig_perf_event_open(uint32_t type, uint64_t config, int pid, int cpu, int group, unsigned long flags,
+                            int inherit, int enable_on_exec, int exclude_kernel);
     long ig_umount2(const char *target, int flags);
     long ig_mount(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
     long ig_open_tree(int dirfd, const char *path, unsigned int flags);
@@ -66,6 +68,7 @@ ffibuilder.set_source(
     #include <linux/loop.h>
     #include <linux/mount.h>
     #include <linux/openat2.h>
+    #include <linux/perf_event.h>
     #include <linux/prctl.h>
     #include <linux/sched.h>
 
@@ -110,6 +113,23 @@ ffibuilder.set_source(
 
     static long ig_unshare(int flags) { RESULT(syscall(SYS_unshare, flags)); }
     static long ig_setns(int fd, int flags) { RESULT(syscall(SYS_setns, fd, flags)); }
+    static long ig_perf_event_open(uint32_t type, uint64_t config, int pid, int cpu, int group, unsigned long flags,
+                                   int inherit, int enable_on_exec, int exclude_kernel)
+    {
+        struct perf_event_attr attr;
+        memset(&attr, 0, sizeof attr);
+        attr.size = sizeof attr;
+        attr.type = type;
+        attr.config = config;
+        attr.read_format = PERF_FORMAT_TOTAL_TIME_ENABLED | PERF_FORMAT_TOTAL_TIME_RUNNING;
+        attr.inherit = !!inherit;
+        attr.disabled = !!enable_on_exec;
+        attr.enable_on_exec = !!enable_on_exec;
+        attr.exclude_kernel = !!exclude_kernel;
+        attr.exclude_hv = 1;
+        RESULT(syscall(SYS_perf_event_open, &attr, pid, cpu, group, flags | PERF_FLAG_FD_CLOEXEC));
+    }
+
     static long ig_syncfs(int fd) { RESULT(syscall(SYS_syncfs, fd)); }
     static long ig_fs_magic(const char *path)
     {

@@ -4,6 +4,8 @@
  * where the caller has every capability. The tests run the same attempt outside, where it works, and in a job.
  */
 #define _GNU_SOURCE
+#include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/keyctl.h>
@@ -23,6 +25,7 @@
 #include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 static void finish(long result)
@@ -85,6 +88,49 @@ static long abstract(const char *name)
     return connect(fd, (struct sockaddr *)&address, offsetof(struct sockaddr_un, sun_path) + 1 + strlen(name));
 }
 
+/* Which of the files named on standard input can be opened for writing? */
+static void writable(void)
+{
+    char path[4096];
+    while (fgets(path, sizeof path, stdin)) {
+        path[strcspn(path, "\n")] = 0;
+        int fd = open(path, O_WRONLY | O_NONBLOCK | O_NOCTTY);
+        if (fd >= 0) {
+            puts(path);
+            close(fd);
+        }
+    }
+    fflush(stdout);
+    _exit(0);
+}
+
+/* Look into every process that comes by for SECONDS: its environment, program and descriptors. Print what is found. */
+static void snoop(int seconds, const char *secret)
+{
+    static char data[1 << 20], path[320], target[4096];
+    time_t end = time(0) + seconds;
+    while (time(0) < end) {
+        DIR *proc = opendir("/proc");
+        for (struct dirent *entry; (entry = readdir(proc));) {
+            if (!isdigit(entry->d_name[0]) || atoi(entry->d_name) == getpid())
+                continue;
+            snprintf(path, sizeof path, "/proc/%s/environ", entry->d_name);
+            int fd = open(path, O_RDONLY);
+            ssize_t size = fd < 0 ? 0 : read(fd, data, sizeof data);
+            close(fd);
+            if (size > 0 && memmem(data, (size_t)size, secret, strlen(secret)))
+                puts("environment"), fflush(stdout);
+            snprintf(path, sizeof path, "/proc/%s/exe", entry->d_name);
+            ssize_t length = readlink(path, target, sizeof target - 1);
+            target[length < 0 ? 0 : length] = 0;
+            if (strstr(target, "python"))
+                puts("program"), fflush(stdout);
+        }
+        closedir(proc);
+    }
+    _exit(0);
+}
+
 int main(int argc, char **argv)
 {
     (void)argc;
@@ -141,12 +187,17 @@ int main(int argc, char **argv)
         finish(ioctl(atoi(a[0]), TIOCSCTTY, 1));
     } else if (!strcmp(verb, "key")) /* the session keyring's key of this name */
         finish(syscall(SYS_keyctl, KEYCTL_SEARCH, KEY_SPEC_SESSION_KEYRING, "user", a[0], 0));
-    else if (!strcmp(verb, "add-key"))
-        finish(syscall(SYS_add_key, "user", a[0], "secret", 6, KEY_SPEC_SESSION_KEYRING));
+    else if (!strcmp(verb, "with-key")) /* NAME PROGRAM ARGUMENT...: with a key in a session keyring of its own */ {
+        need(syscall(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0), "join");
+        need(syscall(SYS_add_key, "user", a[0], "secret", 6, KEY_SPEC_SESSION_KEYRING), "add_key");
+        execvp(a[1], a + 1);
+        finish(-1);
+    } else if (!strcmp(verb, "writable"))
+        writable();
+    else if (!strcmp(verb, "snoop"))
+        snoop(atoi(a[0]), a[1]);
     else if (!strcmp(verb, "syslog"))
         finish(syscall(SYS_syslog, 3, malloc(4096), 4096));
-    else if (!strcmp(verb, "settime"))
-        finish(syscall(SYS_clock_settime, 0, &(struct timespec){1, 0}));
     else if (!strcmp(verb, "euid")) /* who we are now, and whether exec gave us anything */ {
         printf("%u %u\n", geteuid(), getegid());
         execv("/bin/grep", (char *[]){"grep", "CapEff", "/proc/self/status", 0});

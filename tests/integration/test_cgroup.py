@@ -681,6 +681,31 @@ def test_an_unprivileged_child_enters_through_the_supervisors_descriptors(world:
     jobs.close()
 
 
+def test_a_delegated_job_can_be_divided_by_its_user_but_not_loosened() -> None:
+    job = JobCgroup.create(f"{ID}divided", Limits(pids=50))
+    if job.clone_into < 0:
+        job.remove()
+        pytest.skip("v2 is not mounted here")
+    unified = job.paths[0]
+    job.delegate(65534, 65534)
+
+    def work() -> None:
+        os.mkdir(f"{unified}/inner")
+        fs.write(f"{unified}/inner/cgroup.freeze", "0")
+        for name in ("cgroup.freeze", "cgroup.max.depth", "pids.max"):
+            if os.path.exists(f"{unified}/{name}"):
+                with pytest.raises(PermissionError):
+                    fs.write(f"{unified}/{name}", "1")
+        with pytest.raises(PermissionError):
+            os.mkdir(f"{os.path.dirname(unified)}/{fs.PREFIX}{ID}outside")
+
+    try:
+        assert apart(0, work, uid=65534) == 0
+        assert os.path.isdir(f"{unified}/inner")
+    finally:
+        job.remove()
+
+
 def test_leftovers_of_a_killed_supervisor_are_removed(world: str, tmp_path: Path) -> None:
     record = tmp_path / "paths"
     supervisor = os.fork()

@@ -486,6 +486,14 @@ def test_a_user_in_a_session_and_in_a_batch_job(host: Host) -> None:
     assert "not this user's" in place.reason
 
 
+def test_nothing_can_be_below_a_threaded_cgroup(host: Host) -> None:
+    host.systemd = False
+    host.make("slot", "cpu", "cpu", cgroup__type="domain threaded\n")
+    place = host.choose("slot", "cpu")
+    assert (place.kind, place.controllers) == ("none", frozenset())
+    assert "is domain threaded" in place.reason
+
+
 def test_a_read_only_mount(host: Host) -> None:
     host.systemd = False
     host.make("slot", "memory")
