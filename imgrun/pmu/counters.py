@@ -16,6 +16,7 @@ from imgrun.pmu.events import EVENTS, GROUPS, Event
 from imgrun.units import parse_cpu_list
 
 TOTAL_TIME_ENABLED, TOTAL_TIME_RUNNING = 1, 2
+IN_KERNEL = ("context_switches", "cpu_migrations")
 ABSENT = (errno.ENOENT, errno.EOPNOTSUPP, errno.ENODEV, errno.EINVAL, errno.ENOSYS)
 
 
@@ -74,14 +75,16 @@ class Counters:
 
     def _open(self, event: Event, pid: int, cpu: int, leader: int, flags: int) -> int:
         inherit = self.scope == "inherited"
-        for user_only in (False, True) if not self.user_only else (True,):
+        # What happens in the kernel only would be counted as 0 where only user space may be counted.
+        modes = (False,) if event.name in IN_KERNEL else (True,) if self.user_only else (False, True)
+        for user_only in modes:
             try:
                 fd = sc.perf_event_open(
                     event.type, event.config, pid, cpu, leader, flags, inherit=inherit, enable_on_exec=inherit,
                     exclude_kernel=user_only,
                 )  # fmt: skip
             except OSError as e:
-                if e.errno in (errno.EACCES, errno.EPERM) and not user_only:
+                if e.errno in (errno.EACCES, errno.EPERM) and user_only != modes[-1]:
                     continue
                 self.refused[event.name] = e.errno or errno.EINVAL
                 return -1
