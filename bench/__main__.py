@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from importlib import import_module
@@ -27,11 +28,15 @@ def main() -> int:
     if unknown := set(given.questions) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(unknown))}")
     chosen = [name for name in QUESTIONS if not given.questions or name in given.questions]
+    # As Ctrl-C: what was started is ended on the way out.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         text, data = measure(chosen, quick=given.quick)
     except CannotMeasure as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     output = given.output or (None if given.quick or given.questions else OUTPUT)
     if output:
         with open(output, "w", encoding="utf-8") as f:

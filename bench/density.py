@@ -45,7 +45,7 @@ def measure(place: Place) -> Section:
     )
     ways = [Way(f"{name}, {parallel} at a time", start, parallel) for name, start, parallel in _starters()]
     cases = {way.name: (lambda way=way: _fill_and_empty(place, way, count)) for way in ways}
-    outcome = interleave(cases, rounds=ROUNDS[place.quick], warmups=0, seconds=120)
+    outcome = interleave(cases, rounds=ROUNDS[place.quick], warmups=0, seconds=70)
     outcome_peers = interleave({"bwrap": lambda: _bwrap(place, count)}, rounds=ROUNDS[place.quick], warmups=0)
     section.data |= {"imgrun": outcome, "peers": outcome_peers}
     section.add(_table(outcome, outcome_peers))

@@ -31,7 +31,7 @@ def measure(place: Place) -> Section:
     commands = _measure_commands(place, rounds)
     section.data["commands"] = commands
     section.add(ranking(commands, "wall", peers.REFERENCE, "command"))
-    library = interleave(_library_cases(place), rounds=rounds * 2, warmups=3, seconds=60)
+    library = interleave(_library_cases(place), rounds=rounds * 2, warmups=3, seconds=30)
     section.data["library"] = library
     section.say("From a Python process that has imported imgrun and started a job before:")
     section.add(_library_table(library))
@@ -63,7 +63,7 @@ def _measure_commands(place: Place, rounds: int) -> Outcome:
             refused[name] = str(e)
     cases["python -c pass"] = _plain([sys.executable, "-c", "pass"])
     try:
-        outcome = interleave(cases, rounds=rounds, seconds=120)
+        outcome = interleave(cases, rounds=rounds, seconds=60)
     finally:
         for peer in peers.PEERS.values():
             peer.clean_up(place)

@@ -15,7 +15,7 @@ TITLE = "The price of the image"
 HOST = "host file system"
 MIB = {False: 512, True: 64}
 FILES = {False: 5000, True: 1000}
-SOURCES = {False: 24, True: 6}
+SOURCES = {False: 16, True: 6}
 ROUNDS = {False: 4, True: 1}
 WORK = "/imgrun-bench"
 BIG, SMALL = f"{WORK}/big", f"{WORK}/small"
@@ -80,7 +80,7 @@ def _measure(place: Place) -> Outcome:
             # The tree outlives this.
             stack.callback(room.ask, "remove", WORK)
             cases[name] = _work(place, room)
-        outcome = interleave(cases, rounds=ROUNDS[place.quick], warmups=_warmups(place), seconds=180)
+        outcome = interleave(cases, rounds=ROUNDS[place.quick], warmups=_warmups(place), seconds=120)
     outcome.refused.update(refused)
     return outcome
 

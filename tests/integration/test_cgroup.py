@@ -971,11 +971,13 @@ def slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     cgroup_place.hand_out(above, frozenset((controller,)))
     path = f"{above}/{fs.PREFIX}{ID}slot"
     os.mkdir(path)
-    yield path
-    os.rmdir(path)
-    if controller not in before:
-        fs.write(f"{above}/cgroup.subtree_control", f"-{controller}")
-    cgroup_place.give_back(above)
+    try:
+        yield path
+    finally:
+        cgroup_dirs.remove_patiently([path], 5)
+        if controller not in before:
+            fs.write(f"{above}/cgroup.subtree_control", f"-{controller}")
+        cgroup_place.give_back(above)
 
 
 def own_v2() -> str:

@@ -199,8 +199,9 @@ def test_streams_that_the_caller_has_closed(run: Imgrun, tmp_path: Path, closed:
     mark = tmp_path / "mark"
     mark.mkdir(mode=0o777)
     mark.chmod(0o777)
-    words = f"{' '.join(COMMAND)} start --bind {mark}:/m --userns off {run.image} -- sh -c 'cat; echo x; echo y >&2; ls /proc/self/fd > /m/fds'"
-    done = subprocess.run(["sh", "-c", f"{words} {closed}"], capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=30)
+    inside = "cat; echo x; echo y >&2; ls /proc/self/fd > /m/fds"
+    words = f"{' '.join(COMMAND)} start --bind {mark}:/m --userns off {run.image} -- sh -c '{inside}' {closed}"
+    done = subprocess.run(["sh", "-c", words], capture_output=True, stdin=subprocess.DEVNULL, check=False, timeout=30)
     assert done.returncode == 0, done
     assert (mark / "fds").read_text().split()[:3] == ["0", "1", "2"]
 
@@ -327,12 +328,12 @@ def test_ctrl_c_without_tty_arrives_once(run: Imgrun, terminals: list[Terminal])
 
 
 COUNT = """
-import signal, time
+import os, signal, time
 count = 0
 def note(*_):
     global count
     count += 1
-    print(f"#{count}", flush=True)
+    os.write(1, b"#%d\n" % count)
 signal.signal(signal.SIGINT, note)
 print("ready", flush=True)
 while True:

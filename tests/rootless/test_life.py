@@ -92,7 +92,7 @@ def test_killing_ends_all_that_a_job_started(run_any: AsUser, init: str) -> None
     assert len(run.processes("sleep")) >= 3
     assert run("signal", "j", "KILL").status == 0
     assert run("wait", "j").status == 137
-    assert run.processes() == []
+    assert run.processes("sleep") == []
 
 
 def test_the_end_of_the_command_ends_its_daemons(run: AsUser) -> None:

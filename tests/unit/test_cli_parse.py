@@ -169,7 +169,8 @@ def test_version(run: Imgrun) -> None:
         ("inspect",), ("inspect", "x"), ("logs", "x"), ("wait", "x"), ("wait", "--timeout", "soon", "x"), ("rm",),
         ("rm", "x"), ("stop", "x"), ("signal", "x"), ("signal", "x", "TERM"), ("exec", "x"), ("exec", "x", "true"),
         ("gc", "--older-than", "x"), ("start", "--result", "/nope/r.json", "/i", "c"), ("start", "/nope.img", "c"),
-        ("start", "-d", "--timings", "/i", "c"), ("start", "--spec", "/nope.toml"), ("start", "--rlimit", "nofile=x", "/i", "c"),
+        ("start", "-d", "--timings", "/i", "c"), ("start", "--spec", "/nope.toml"),
+        ("start", "--rlimit", "nofile=x", "/i", "c"),
     ],
 )  # fmt: skip
 def test_every_error_is_a_line_and_a_hint(run: Imgrun, words: tuple[str, ...]) -> None:
