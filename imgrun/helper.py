@@ -14,6 +14,15 @@ from collections.abc import Callable
 from imgrun import syscalls as sc
 
 
+def find_program(name: str) -> str | None:
+    """The path of a program, looked for where the caller looks and where administrators' programs are."""
+    for directory in [*os.environ.get("PATH", "").split(":"), "/usr/sbin", "/usr/bin", "/sbin", "/bin"]:
+        path = f"{directory}/{name}"
+        if directory.startswith("/") and os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
 class Helper:
     """One running program; its messages are in ``log``."""
 

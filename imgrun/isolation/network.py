@@ -8,11 +8,10 @@ from __future__ import annotations
 import _socket
 import fcntl
 import os
-import shutil
 import struct
 
 from imgrun.errors import HostError, StartError
-from imgrun.helper import Helper
+from imgrun.helper import Helper, find_program
 
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
@@ -37,7 +36,7 @@ PASTA_SECONDS = 10.0
 
 def find_pasta() -> str:
     """The path of pasta. Raises HostError when it is not installed."""
-    program = shutil.which("pasta")
+    program = find_program("pasta")
     if program is None:
         raise HostError("--network private needs pasta, which is not installed", "install the package passt")
     return program

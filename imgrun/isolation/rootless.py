@@ -8,12 +8,12 @@ Sources: user_namespaces(7), subuid(5), newuidmap(1).
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from typing import NoReturn
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError
+from imgrun.helper import find_program
 from imgrun.isolation.userns import RANGE, IdMap, IdRange, subordinate_ranges
 
 CAP_SYS_ADMIN = 21
@@ -39,7 +39,7 @@ class _Maps:
         self.uid, self.gid = os.geteuid(), os.getegid()
         self.uids = self._with_ranges("/etc/subuid", self.uid)
         self.gids = self._with_ranges("/etc/subgid", self.gid)
-        self.helpers = (shutil.which("newuidmap"), shutil.which("newgidmap"))
+        self.helpers = (find_program("newuidmap"), find_program("newgidmap"))
         self.by_helper = len(self.uids) > 1 and len(self.gids) > 1 and None not in self.helpers
         if self.uid == 0:
             # Root of a namespace below the first, as in a job of imgrun's: its own ids can be handed on as they are.

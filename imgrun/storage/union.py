@@ -6,11 +6,10 @@ Sources: Documentation/filesystems/overlayfs.rst, fuse-overlayfs(1).
 from __future__ import annotations
 
 import os
-import shutil
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError
-from imgrun.helper import Helper
+from imgrun.helper import Helper, find_program
 from imgrun.storage import fuse
 from imgrun.storage.scratch import Scratch
 from imgrun.storage.trees import remove_tree
@@ -46,7 +45,7 @@ def serve(image_fd: int, scratch: Scratch, directory: str) -> tuple[int, Helper]
 
     Takes ``image_fd`` over. Raises HostError when fuse-overlayfs is not installed or cannot do it.
     """
-    program = shutil.which("fuse-overlayfs")
+    program = find_program("fuse-overlayfs")
     if program is None:
         raise HostError(
             "the kernel refuses an overlay here, and fuse-overlayfs is not installed",
