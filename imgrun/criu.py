@@ -24,9 +24,11 @@ BELOW_LAST_PID = 4000
 """How far below the largest pid CRIU and its children get theirs: hardly ever where those are that it restores."""
 TOOLBOX = "/dev/imgrun/criu"
 IMAGES = "/dev/imgrun/checkpoint"
-"""Where toolbox and checkpoint are attached in the job, for as long as CRIU runs."""
+WORK = "/dev/imgrun/work"
+"""Where they are attached in the job, for as long as CRIU runs."""
 LOG = "criu.log"
-RESTORE_LOG = "restore.log"
+CPU_FEATURES = 1 | 4
+"""Of the processor, its way to save floating point registers and its instructions must be there again (criu(8))."""
 GHOST_LIMIT = 256 << 20
 """Bytes of an unlinked but open file that is saved with the processes; larger ones make the dump fail."""
 
@@ -48,6 +50,8 @@ class Site(NamedTuple):
     """A detached mount of the toolbox."""
     images: int
     """A detached mount of the directory for CRIU's files, with owners as the job sees them."""
+    work: int
+    """The same for what is not part of the checkpoint: CRIU's log and statistics."""
     userns: bool
     """Whether the job has a user namespace, so that CRIU has no rights over the host."""
     join: tuple[int, ...] = ()
@@ -91,16 +95,21 @@ class Session:
             raise CheckpointError(f"saving what the job keeps in memory failed: {why}", "see the space where it goes")
 
     def run(self, request: Any, on_notify: Callable[[str], None]) -> Any:
-        """Send a request and answer CRIU's notifications until its reply."""
+        """Send a request and answer CRIU's notifications until its reply; None when CRIU has died."""
         import pycriu.rpc_pb2 as rpc
 
         fd = self._socket.fileno()
         os.write(fd, request.SerializeToString())
         while True:
-            data = os.read(fd, 1 << 20)
+            try:
+                data = os.read(fd, 1 << 20)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                return None
             response = rpc.criu_resp()
             response.ParseFromString(data)
-            if not data or response.type != rpc.NOTIFY:
+            if response.type != rpc.NOTIFY:
                 return response
             answer = rpc.criu_req(type=rpc.NOTIFY, notify_success=True)
             try:
@@ -110,7 +119,10 @@ class Session:
                 os.write(fd, answer.SerializeToString())
                 os.read(fd, 1 << 20)
                 raise
-            os.write(fd, answer.SerializeToString())
+            try:
+                os.write(fd, answer.SerializeToString())
+            except OSError:
+                return None  # what was done there has ended it
 
     def close(self) -> None:
         """End CRIU's host process; it takes what it attached with it."""
@@ -133,8 +145,8 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
         os.chdir("/")
-        _attach(site.toolbox, TOOLBOX)
-        _attach(site.images, IMAGES)
+        for mount, place in ((site.toolbox, TOOLBOX), (site.images, IMAGES), (site.work, WORK)):
+            _attach(mount, place)
         try:
             if before is not None:
                 before()
@@ -149,7 +161,7 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             _serve(channel, child)
             _put_last_pid_back(site.last_pid or int(last or b"0"))
         finally:
-            for place in (TOOLBOX, IMAGES):
+            for place in (TOOLBOX, IMAGES, WORK):
                 sc.umount(place, sc.MNT_DETACH)
     except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
         try:
@@ -193,8 +205,10 @@ def _become_criu(site: Site, criu_end: Channel, told: int) -> None:
         sc.close_range_cloexec(3)
         for fd in (criu_end.fileno(), *site.inherit.values()):
             os.set_inheritable(fd, True)
-        words = [f"{TOOLBOX}/ld.so", "--library-path", TOOLBOX, f"{TOOLBOX}/criu", "swrk", str(criu_end.fileno())]
-        os.execve(words[0], words, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
+        # No settings and no plug-ins of the job's own: they would run with CRIU's rights.
+        words = [f"{TOOLBOX}/ld.so", "--inhibit-cache", "--library-path", TOOLBOX, f"{TOOLBOX}/criu"]
+        words += ["--no-default-config", "--work-dir", WORK, "swrk", str(criu_end.fileno())]
+        os.execve(words[0], words, {"PATH": TOOLBOX, "CRIU_LIBS_DIR": WORK})
     finally:
         os._exit(127)
 
@@ -263,51 +277,39 @@ def options(site: Site, log: str) -> Any:
     opts.link_remap = True
     opts.ghost_limit = GHOST_LIMIT
     opts.notify_scripts = True
+    opts.cpu_cap = CPU_FEATURES
     return opts
 
 
-def dump(site: Site, *, leave_running: bool, frozen: Callable[[Session], None], log: str) -> None:
+def dump(site: Site, *, frozen: Callable[[Session], None], log: str, kept: str) -> None:
     """Save the tree. ``frozen`` is called while every process of it stands still, with its memory saved.
 
-    Afterwards the tree runs on or, unless ``leave_running``, stays stopped: to be killed, or to be let go by ``go_on``.
-    Raises CheckpointError; the job then runs on as if nothing had been.
+    When ``frozen`` returns, the tree runs on, unless ``frozen`` has killed it, CRIU included: its images are complete by
+    then. When ``frozen`` raises, the tree runs on. Raises CheckpointError; the job then runs on as if nothing had been.
+    ``kept`` is where the log will be found after that.
     """
     import pycriu.rpc_pb2 as rpc
 
     session = Session(site)
+    complete = False
     try:
         request = rpc.criu_req(type=rpc.DUMP)
         request.opts.CopyFrom(options(site, log))
         request.opts.pid = REAPER
-        # Not killed by CRIU: with the tree its PID namespace would end, and CRIU in it before it could answer.
-        request.opts.leave_running = leave_running
-        request.opts.leave_stopped = not leave_running
+        request.opts.leave_running = True
 
         def on_notify(script: str) -> None:
+            nonlocal complete
             if script == "post-dump":
                 frozen(session)
+                complete = True
 
         response = session.run(request, on_notify)
-        if not response.success:
-            raise CheckpointError(f"CRIU could not save the job's processes: {explain(log)}", f"its log is {log}")
+        if not complete:
+            cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
+            raise CheckpointError(f"CRIU could not save the job's processes: {cause}", f"its log is {kept}")
     finally:
         session.close()
-
-
-def go_on(descriptors: dict[str, int]) -> None:
-    """Let a tree that a dump has left stopped run on."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            namespaces.enter({name: fd for name, fd in descriptors.items() if name in ("user", "pid")})
-            inside = sc.clone(0)
-            if inside == 0:
-                os.kill(-1, signal.SIGCONT)
-                os._exit(0)
-            os.waitpid(inside, 0)
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
 
 
 def restore(site: Site, *, before: Callable[[], None], log: str) -> None:
@@ -321,8 +323,9 @@ def restore(site: Site, *, before: Callable[[], None], log: str) -> None:
         for key, fd in site.inherit.items():
             request.opts.inherit_fd.add(key=key, fd=fd)
         response = session.run(request, lambda script: None)
-        if not response.success:
-            raise RestoreError(f"CRIU could not bring the job's processes back: {explain(log)}", f"its log is {log}")
+        if response is None or not response.success:
+            cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
+            raise RestoreError(f"CRIU could not bring the job's processes back: {cause}", f"its log is {log}")
     finally:
         session.close()
 
@@ -342,15 +345,18 @@ KNOWN = (
 """What lines of CRIU's log mean to a person."""
 
 
-def explain(log: str) -> str:
-    """The cause of a failure in one sentence: from what CRIU logged as errors, the first, since the rest follows from it."""
+def explain(log: str, said: str = "") -> str:
+    """The cause of a failure in one sentence: from what CRIU logged as errors, the first, since the rest follows from it.
+
+    ``said`` is what it told over its socket, when there is no log.
+    """
     try:
         with open(log, encoding="utf-8", errors="replace") as f:
             errors = [line.rstrip() for line in f if "Error" in line or "Err " in line]
     except OSError:
-        return "it left no log"
+        return said or "it left no log"
     for mark, meaning in KNOWN:
         for line in errors:
             if mark in line:
                 return f"{meaning} ({line.partition('): ')[2] or line})"
-    return errors[0].partition("): ")[2] or errors[0] if errors else "it gave no reason"
+    return errors[0].partition("): ")[2] or errors[0] if errors else said or "it gave no reason"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
-from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, SpecError
+from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
@@ -32,7 +32,8 @@ from imgrun.storage.scratch import Scratch
 if TYPE_CHECKING:
     import resource
 
-    from imgrun.checkpoint import Checkpoint, Subject
+    from imgrun.checkpoint import Subject
+    from imgrun.manifest import Checkpoint
     from imgrun.pmu.counters import Counters
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -113,8 +114,10 @@ class Launch:
         scratch = Scratch.create(f"{self.job.path}/scratch", spec.scratch_size)
         self._undo.append(scratch.close)
         if self.checkpoint is not None:
-            from imgrun.checkpoint import put_files_back
+            from imgrun.continuing import put_files_back
 
+            held = self.checkpoint.hold()
+            self._undo.append(lambda: os.close(held))
             put_files_back(self.checkpoint, scratch.path)
         self.scratch = scratch
         self.mark("scratch")
@@ -371,27 +374,45 @@ class Launch:
         if spec.seccomp != "off":
             raise CheckpointError("a job with a system call filter cannot be checkpointed", "start it without --seccomp")
 
-    def subject(self, wall_seconds: float) -> Subject:
-        """What a checkpoint has to know of the job."""
+    def subject(self, began: float, stdin: int | None, unsent: bytes) -> Subject:
+        """What a checkpoint has to know of the job, which began at this time of the monotonic clock.
+
+        ``stdin`` is where its input comes from: None for nowhere, negative when that has come to its end.
+        """
         from imgrun.checkpoint import Subject
+        from imgrun.continuing import position
 
         return Subject(
-            self.job.id, self.spec, self.hostname, self.pid, self.scratch.path, self._ids is not None, wall_seconds
-        )
+            id=self.job.id, spec=self.spec, hostname=self.hostname, init=self.pid, scratch=self.scratch.path,
+            userns=self._ids is not None, rootless=self.rootless, input=position(stdin), unsent=unsent,
+            usage=lambda: self._used(time.monotonic() - began).to_dict(),
+        )  # fmt: skip
 
     def continue_from(self, stdio: tuple[int, ...]) -> None:
         """Have CRIU bring the processes of the checkpoint back, with these standard streams."""
-        from imgrun.checkpoint import restore
+        from imgrun.continuing import restore
 
         assert self.checkpoint is not None
         assert self._cgroup is not None
         join = tuple(self._cgroup.join_descriptors())
+        work = f"{self.job.path}/criu"
+        os.mkdir(work, 0o700)
         try:
-            restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio)
+            restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio, work)
+        except RestoreError:
+            self._keep_log(f"{work}/criu.log")
+            raise
         finally:
             for fd in join:
                 os.close(fd)
         self.mark("processes restored")
+
+    def _keep_log(self, path: str) -> None:
+        """The job's directory goes with its failed start; why it failed shall stay."""
+        try:
+            os.rename(path, f"{self.job.root.path}/restore.log")
+        except OSError:
+            pass
 
     # -- while it runs and after --------------------------------------------------------------------------------------
 
@@ -425,12 +446,7 @@ class Launch:
 
         ``reaped`` holds what all its processes used that were waited for, which the job's init does for all orphans.
         """
-        usage = Usage(wall_seconds=round(wall_seconds, 6), source="cgroup")
-        if self._cgroup is not None:
-            measured = self._cgroup.usage()
-            for field in measured._fields:
-                if field in Usage.__slots__:
-                    setattr(usage, field, getattr(measured, field))
+        usage = self._measured()
         if usage.user_seconds is None:
             usage.source = "rusage"
             usage.user_seconds, usage.system_seconds = reaped.ru_utime, reaped.ru_stime
@@ -449,6 +465,25 @@ class Launch:
                 [found.scope, *(["user"] if found.user_only else []), *(["scaled"] if found.scaled else [])]
             )
         usage.scratch_bytes = self.scratch.used()
+        return self._with_earlier(usage, wall_seconds)
+
+    def _measured(self) -> Usage:
+        """What the cgroup says of this life of the job."""
+        usage = Usage(source="cgroup")
+        if self._cgroup is not None:
+            measured = self._cgroup.usage()
+            for field in measured._fields:
+                if field in Usage.__slots__:
+                    setattr(usage, field, getattr(measured, field))
+        return usage
+
+    def _used(self, wall_seconds: float) -> Usage:
+        return self._with_earlier(self._measured(), wall_seconds)
+
+    def _with_earlier(self, usage: Usage, wall_seconds: float) -> Usage:
+        usage.wall_seconds = round(wall_seconds, 6)
+        if self.checkpoint is not None:
+            usage.follow(self.checkpoint.manifest["usage"])
         return usage
 
     def end(self) -> None:

@@ -22,7 +22,7 @@ from imgrun.state import JobDir, StateRoot
 from imgrun.supervisor import Stdio, Supervisor
 
 if TYPE_CHECKING:
-    from imgrun.checkpoint import Checkpoint
+    from imgrun.manifest import Checkpoint
 
 _lock = threading.Lock()
 _server: Channel | None = None

@@ -21,6 +21,7 @@ CHUNK = 1 << 18
 IN, OUT = select.POLLIN, select.POLLOUT
 SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
 F_SETPIPE_SZ = 1031
+TIOCGPTN = 0x80045430
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
 
@@ -76,6 +77,15 @@ class Pump:
     def open(self) -> bool:
         return self.source >= 0
 
+    @property
+    def unsent(self) -> bytes:
+        """What was read and not delivered yet."""
+        return self._pending
+
+    def give(self, data: bytes) -> None:
+        """Deliver this before anything else; nothing has been moved yet."""
+        self._pending = data
+
     def interest(self) -> tuple[int, int] | None:
         """The descriptor and the event this pump waits for; None when it is done or paused."""
         if self.source < 0 or self._paused:
@@ -85,7 +95,7 @@ class Pump:
     def move(self) -> None:
         """Move what can be moved now. Called when the awaited event came."""
         try:
-            if self._splice:
+            if self._splice and not self._pending:
                 self._move_by_splice()
             else:
                 self._move_by_copy()
@@ -135,7 +145,7 @@ class Pump:
 
     def _end_of_terminal(self) -> None:
         try:
-            background = os.tcgetpgrp(self.source) != os.getpgrp()
+            background = not _is_master(self.source) and os.tcgetpgrp(self.source) != os.getpgrp()
         except OSError:
             background = False
         if background:
@@ -155,6 +165,15 @@ class Pump:
                 self._socket.close()
             if self._close_sink:
                 os.close(self.sink)
+
+
+def _is_master(terminal: int) -> bool:
+    """Whether this is a pseudoterminal's master: it tells the foreground group of the other side (ioctl_tty(2))."""
+    try:
+        fcntl.ioctl(terminal, TIOCGPTN, bytes(4))
+        return True
+    except OSError:
+        return False
 
 
 def _open_socket(fd: int) -> _socket.socket:

@@ -50,6 +50,24 @@ class Usage:
     """What they are of: cgroup or inherited, with ``user`` for user space only and ``scaled`` for extrapolated counts."""
     source: str | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def follow(self, earlier: Mapping[str, Any]) -> None:
+        """Go on from what an earlier life of the job has used: sums, and of peaks and levels the larger one.
+
+        Wall time is left as it is. What was not measured in one of the lives counts in the other only.
+        """
+        for key, before in earlier.items():
+            if before is None or key in ("wall_seconds", "scratch_bytes", "source") or key not in Usage.__slots__:
+                continue
+            value = getattr(self, key)
+            if value is None:
+                setattr(self, key, before)
+            else:
+                is_level = key.endswith("_peak") or (key.startswith("memory_") and not key.endswith("_stalled"))
+                setattr(self, key, max(value, before) if is_level else value + before)
+
 
 @dataclass(slots=True)
 class Result:

@@ -124,7 +124,7 @@ def _enter_and_run(entry: Entry) -> None:
     os.chdir("/")
     security.fresh_keyring()
     # The job's processes shall not look into this copy of the caller before it is the shim; exec ends that.
-    #    sc.prctl(sc.PR_SET_DUMPABLE, 0)
+    sc.prctl(sc.PR_SET_DUMPABLE, 0)
     if entry.tty:
         entry.channel.send({"terminal": True}, [open_terminal(entry.user.uid)])
     else:

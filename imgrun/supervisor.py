@@ -26,8 +26,8 @@ from imgrun.spec import JobSpec
 from imgrun.state import JobDir, now, process_start
 
 if TYPE_CHECKING:
-    from imgrun.checkpoint import Checkpoint
     from imgrun.freezing import Freezing
+    from imgrun.manifest import Checkpoint
 
 FORWARDED = tuple(
     s for s in (
@@ -197,6 +197,8 @@ class Supervisor:
         ends = []
         owner = launch.outside_ids()
         sources = [(self.stdio.stdin, True), (self.stdio.stdout, False), (self.stdio.stderr, False)]
+        if self._checkpoint is not None:
+            sources[0] = (self._continued_input(self.stdio.stdin), True)
         for ours, is_input in sources:
             if ours < 0:
                 ends.append(-1)
@@ -216,14 +218,22 @@ class Supervisor:
         self._later(self.relay.close)
         return tuple(ends)
 
-    def _feed_saved_input(self) -> None:
-        """What the job had not read yet comes before what it is given now."""
-        from imgrun.checkpoint import saved_input
+    def _continued_input(self, given: int) -> int:
+        """What the job reads after what was saved for it: as given, or nothing more, or none at all as before."""
+        from imgrun.continuing import has_more_input, reads_pipe
 
         assert self._checkpoint is not None
-        data = saved_input(self._checkpoint)
-        if data and self.relay.inputs:
-            os.write(self.relay.inputs[0].sink, data)
+        if given >= 0 and has_more_input(self._checkpoint, given):
+            return given
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC) if reads_pipe(self._checkpoint) else -1
+
+    def _feed_saved_input(self) -> None:
+        """What the job had not read yet comes before what it is given now."""
+        from imgrun.continuing import saved_input
+
+        assert self._checkpoint is not None
+        for pump in self.relay.inputs:
+            pump.give(saved_input(self._checkpoint))
 
     def _await_shim(self, launch: Launch, status: int) -> None:
         """Wait until the command runs. Raises what went wrong in the child or the shim."""
@@ -454,7 +464,8 @@ class Supervisor:
             if self._freezing is not None:
                 raise CheckpointError(f"job {self.job.id} is being checkpointed already", "wait for that to end")
             launch.check_freezable()
-            subject = launch.subject(time.monotonic() - self._began)
+            unsent = b"".join(pump.unsent for pump in self.relay.inputs)
+            subject = launch.subject(self._began, next((pump.source for pump in self.relay.inputs), None), unsent)
         except ImgrunError as e:
             if asker is not None:
                 asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})

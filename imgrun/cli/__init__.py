@@ -130,3 +130,6 @@ def _open_missing_stdio() -> None:
             os.close(fd)
             return
         os.set_inheritable(fd, True)
+        if fd > 0:
+            # Python has None for what was closed when it began.
+            setattr(sys, ("stdout", "stderr")[fd - 1], open(fd, "w", closefd=False))  # noqa: SIM115

@@ -27,8 +27,8 @@ def checkpoint(target: str, leave_running: bool, job: str) -> None:
 @click.argument("directory", metavar="DIR")
 def restore(directory: str, detach: bool, remove: bool | None, **flags: Any) -> NoReturn:
     """Continue the job that was frozen to DIR where it stood. The checkpoint stays as it is."""
-    from imgrun.checkpoint import load
     from imgrun.cli.start import check_result_file, run_foreground
+    from imgrun.manifest import load
 
     found = load(directory)
     keep = detach if remove is None else not remove

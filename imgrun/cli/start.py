@@ -14,7 +14,7 @@ from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
 if TYPE_CHECKING:
-    from imgrun.checkpoint import Checkpoint
+    from imgrun.manifest import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,7 +132,7 @@ def start(**flags: Any) -> NoReturn:
         raise click.exceptions.Exit(0)
     found = None
     if spec.checkpoint_dir is not None:
-        from imgrun import checkpoint
+        from imgrun import manifest as checkpoint
 
         if checkpoint.exists(spec.checkpoint_dir):
             found = checkpoint.load(spec.checkpoint_dir)

@@ -181,6 +181,9 @@ LOCK_TIMEOUT = 2.0
 """Anybody may lock a directory that he can read, so nobody is waited for longer than this (seconds)."""
 
 
+GIVE_BACK_TIMEOUT = 1.0
+
+
 @contextmanager
 def locked(directory: str) -> Iterator[bool]:
     """Keep other imgrun processes from changing what ``directory`` hands out and which jobs are in it.
@@ -300,11 +303,8 @@ def give_back(parent: str) -> None:
             enabled = _words(f"{parent}/cgroup.subtree_control")
             if enabled:
                 fs.write(f"{parent}/cgroup.subtree_control", " ".join(f"-{name}" for name in sorted(enabled)))
-            for _ in range(50):
-                if _move_all(leaf, parent) is not None:
-                    return
-                if not fs.text(f"{leaf}/cgroup.procs"):
-                    os.rmdir(leaf)
-                    return
+            deadline = time.monotonic() + GIVE_BACK_TIMEOUT
+            while _move_all(leaf, parent) is None and not dirs.try_remove(leaf) and time.monotonic() < deadline:
+                time.sleep(0.001)  # a process that is just ending is in the leaf, but not listed
     except OSError:
         return

@@ -106,7 +106,15 @@ def open_target(ctx: Context, path: str, *, directory: bool) -> int:
     try:
         return _open_existing(ctx, path, directory)
     except FileNotFoundError:
-        pass
+        return _open_new(ctx, path, directory)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        why = "links lead in a circle" if e.errno == errno.ELOOP else "what should be a directory is not"
+        raise StartError(f"{path} in the image cannot be used: {why}", "mend the image, or choose another target") from e
+
+
+def _open_new(ctx: Context, path: str, directory: bool) -> int:
     parts = [p for p in path.split("/") if p]
     for i in range(1, len(parts) + 1):
         so_far = "/".join(parts[:i])

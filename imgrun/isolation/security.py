@@ -41,7 +41,10 @@ MASKED_PATHS = (
 )  # fmt: skip
 """Covered by nothing (/dev/null, an empty directory) in a job with the host's ids; not all exist everywhere."""
 
-READONLY_PATHS = ("/proc/asound", "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+READONLY_PATHS = (
+    "/proc/asound", "/proc/bus", "/proc/dynamic_debug", "/proc/fs", "/proc/irq", "/proc/mtrr", "/proc/sys",
+    "/proc/sysrq-trigger",
+)  # fmt: skip
 """Made read-only in a job with the host's ids."""
 
 DENIED_SYSCALLS = (

@@ -12,6 +12,7 @@ import stat
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, PrivilegeError, SpecError
+from imgrun.helper import Helper
 from imgrun.image import Image, ImageInfo, open_image
 from imgrun.isolation.namespaces import userns_descriptor
 from imgrun.isolation.userns import IdMap, IdRange
@@ -194,13 +195,21 @@ class OtherImage(Source):
     def __init__(self, key: str, mount: Mount) -> None:
         super().__init__(key)
         self.mount = mount
+        self.serve_in: str | None = None
+        """Without the host's root: a directory to be made for the file server (see imgrun.image.open_image)."""
         self._image: Image | None = None
+
+    @property
+    def server(self) -> Helper | None:
+        return self._image.server if self._image is not None else None
 
     def describe(self) -> str:
         return f"mount {self.mount.describe()}"
 
     def open(self, userns_fd: int | None) -> int:
-        self._image = open_image(self.mount.src, "read-only", self.mount.partition)
+        if self.serve_in is not None:
+            os.mkdir(self.serve_in, 0o700)
+        self._image = open_image(self.mount.src, "read-only", self.mount.partition, serve_in=self.serve_in)
         mount = self._image.mount()
         if userns_fd is not None:
             id_map(mount, userns_fd, f"the file system of {self.mount.src}")

@@ -44,9 +44,7 @@ def serve(fstype: str, fd: int, offset: int, *, writable: bool, directory: str, 
         raise ImageFormatError(
             f"{name} is {fstype}, which only root can mount", "make a squashfs of its files, or ask for root"
         )
-    from shutil import which
-
-    program = which(kind.program)
+    program = find_program(kind.program)
     if program is None:
         raise HostError(
             f"{name} is {fstype}, and {kind.program}, which serves it without root, is not installed",

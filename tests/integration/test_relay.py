@@ -96,7 +96,7 @@ def test_a_slow_reader_gets_everything(run: Imgrun) -> None:
 def test_a_stream_that_nobody_reads_does_not_hold_up_the_other(run: Imgrun) -> None:
     process = run.foreground("yes >&2 & for i in 1 2 3; do echo $i; sleep 0.1; done; exit 4")
     assert process.stdout is not None
-    assert process.stdout.read() == b"1\n2\n3\n"
+    assert [process.stdout.readline() for _ in range(3)] == [b"1\n", b"2\n", b"3\n"]
     assert process.stderr is not None
     while os.read(process.stderr.fileno(), MIB):
         pass
@@ -115,6 +115,8 @@ def test_who_does_not_read_can_still_interrupt(run: Imgrun) -> None:
     process = run.foreground("yes | head -c 1000000; exit 3")
     assert process.stdout is not None
     os.read(process.stdout.fileno(), 1)
+    time.sleep(0.5)
+    process.terminate()  # ends the job, and a second one those who wait for the reader
     time.sleep(0.5)
     process.terminate()
     eventually(lambda: process.poll() is not None, "the end of a command whose output nobody reads", 10)
@@ -177,12 +179,14 @@ def test_sockets(run: Imgrun) -> None:
     with ours, theirs:
         process = run.foreground("cat", stdin=theirs, stdout=theirs)
         theirs.close()
-        ours.sendall(b"x" * 500_000 + b"end")
+        writer = feed(os.dup(ours.fileno()), 8 * MIB, b"x" * MIB)
+        parts = [ours.recv(65536)]
+        while sum(map(len, parts)) < 8 * MIB:
+            parts.append(ours.recv(65536))
+        writer.join()
         ours.shutdown(socket.SHUT_WR)
-        parts = []
-        while data := ours.recv(65536):
-            parts.append(data)
-        assert b"".join(parts) == b"x" * 500_000 + b"end"
+        assert ours.recv(1) == b""
+        assert b"".join(parts) == b"x" * 8 * MIB
         assert process.wait(30) == 0
 
 
@@ -333,7 +337,7 @@ count = 0
 def note(*_):
     global count
     count += 1
-    os.write(1, b"#%d\n" % count)
+    os.write(1, b"#%d\\n" % count)
 signal.signal(signal.SIGINT, note)
 print("ready", flush=True)
 while True:
@@ -343,6 +347,5 @@ while True:
 
 def test_tty_without_a_terminal_of_our_own(run: Imgrun) -> None:
     done = run.sh("tty; read x; echo got $x", "-t", stdin="words\n")
-    assert done.stdout.replace("\r", "").splitlines()[0] == "/dev/pts/0"
-    assert "got words" in done.stdout
+    assert {"/dev/pts/0", "got words"} <= set(done.stdout.replace("\r", "").splitlines())
     assert done.status == 0

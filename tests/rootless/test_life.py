@@ -173,7 +173,7 @@ def test_best_effort_makes_warnings_of_them(run: AsUser) -> None:
     if not warnings:
         pytest.skip("this user has a delegated cgroup")
     for name, _ in LIMITS:
-        assert sum(name in warning for warning in warnings) == 1, warnings
+        assert sum(f"{name} " in warning for warning in warnings) == 1, warnings
 
 
 def test_rlimits(run_any: AsUser) -> None:
