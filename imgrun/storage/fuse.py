@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, ImageDamaged, ImageFormatError, PrivilegeError
-from imgrun.helper import Helper
+from imgrun.helper import Helper, find_program
 
 START_SECONDS = 20.0
 OPTIONS = "allow_other,default_permissions"
