@@ -139,6 +139,11 @@ class _Saving:
             site = criu.Site(self._descriptors, *opened[-3:], subject.userns)
             criu.TASKS["save"] = lambda: _save_memory(self._places)
             criu.dump(site, frozen=lambda session: self._frozen(session, ended), log=self.log, kept=kept_log(self.target))
+            if not self.leave_running:
+                # Only now: while CRIU was not reaped, the job's PID namespace could not end.
+                poll = select.poll()
+                poll.register(ended, select.POLLIN)
+                poll.poll()
         finally:
             for fd in opened:
                 os.close(fd)
@@ -196,9 +201,6 @@ class _Saving:
         if not self.leave_running:
             self._write_manifest()
             signal.pidfd_send_signal(init, signal.SIGKILL)
-            poll = select.poll()
-            poll.register(init, select.POLLIN)
-            poll.poll()
 
     def _settle_scratch(self) -> None:
         """What is in a file system of its own is in its file only when that is synced."""

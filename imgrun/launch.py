@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Literal
 
 from imgrun import init_shim, passwd
 from imgrun.channel import Channel
+from imgrun.environment import login_environment
 from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
 from imgrun.isolation.cgroup import JobCgroup, Limits, check_limits
 from imgrun.isolation.child import Setup, become_init
-from imgrun.isolation.sources import IdMapUnsupported, RootImage, ScratchDir, Shim, Source, Union
+from imgrun.isolation.sources import IdMapUnsupported, OtherImage, RootImage, ScratchDir, Shim, Source, Union
 from imgrun.isolation.userns import HeldMap, IdMap
+from imgrun.meter import Meter
 from imgrun.plan import Plan, build_plan
-from imgrun.result import Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
 from imgrun.storage import union
@@ -30,13 +31,9 @@ from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
 
 if TYPE_CHECKING:
-    import resource
-
     from imgrun.checkpoint import Subject
     from imgrun.manifest import Checkpoint
-    from imgrun.pmu.counters import Counters
 
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
 SIGRTMIN = 34
 INIT_STOP_SIGNALS = {"systemd": SIGRTMIN + 3, "busybox": signal.SIGUSR2}
@@ -62,12 +59,9 @@ class Launch:
         self.capabilities = security.DEFAULT_CAPABILITIES | ({"SYS_BOOT"} if spec.init == "image" else frozenset())
         self.pid = 0
         self.rootless = False
-        self.setup_seconds = (0.0, 0.0)
-        """User and system time that the first process took before it became the job's init; not the job's use."""
-        self.server: Helper | None = None
-        self._counters: Counters | None = None
-        self._counted_before: dict[str, int | None] = {}
-        self.union_server: Helper | None = None
+        self._scratch_size = spec.scratch_size
+        self.servers: list[Helper] = []
+        """File servers: when one of them dies, so does the job."""
         self._pasta = ""
         self.init_stop_signal: int | None = None
         self.plan: Plan | None = None
@@ -100,7 +94,7 @@ class Launch:
         self.warnings += image.warnings
         self.mark("image: probe, lock, loop device")
         self._fds["image"] = image.mount()
-        self.server = image.server
+        self.servers += [image.server] if image.server else []
         root = RootImage(image.info, spec.root, self._fds["image"])
         self.mark("image: mount")
         root_fd = self._fds["image"]
@@ -111,7 +105,7 @@ class Launch:
         self._delegate_cgroup()
         # Made here: the library is the host's, and the filter needs no more of it to be loaded.
         self._filter = security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init)
-        scratch = Scratch.create(f"{self.job.path}/scratch", spec.scratch_size)
+        scratch = Scratch.create(f"{self.job.path}/scratch", self._scratch_size)
         self._undo.append(scratch.close)
         if self.checkpoint is not None:
             from imgrun.continuing import put_files_back
@@ -121,7 +115,7 @@ class Launch:
             put_files_back(self.checkpoint, scratch.path)
         self.scratch = scratch
         self.mark("scratch")
-        base: list[Source] = [root, ScratchDir(scratch, spec.scratch_size), Shim(init_shim.program())]
+        base: list[Source] = [root, ScratchDir(scratch, self._scratch_size), Shim(init_shim.program())]
         owner = self.outside_ids() or (self.user.uid, self.user.gid)
         if self.rootless and spec.root != "writable" and not union.kernel_can(f"{self.job.path}/probe"):
             base = self._use_fuse_overlay(scratch)
@@ -151,9 +145,20 @@ class Launch:
             return
         if self.spec.userns == "off":
             raise PrivilegeError("--userns off needs root", "leave it out: the job then has a user namespace")
+        if any(mount.idmap for mount in self.spec.mounts):
+            raise PrivilegeError("idmap mounts need root", "leave idmap out: what is yours belongs to the job's root")
+        if self._scratch_size is not None:
+            self._refuse_scratch_size()
         self._ids, warnings = rootless.enter()
         self.warnings += warnings
         self.mark("own namespaces")
+
+    def _refuse_scratch_size(self) -> None:
+        what = "--scratch-size cannot be kept without root, which mounts a file system of that size"
+        if self.spec.limits_mode != "best-effort":
+            raise LimitError(what, "leave it out, or use --limits best-effort")
+        self.warnings.append(f"without the limit: {what}")
+        self._scratch_size = None
 
     def _user(self, root_fd: int) -> passwd.User:
         user = passwd.lookup(root_fd, self.spec.user or "0")
@@ -177,12 +182,12 @@ class Launch:
 
     def _use_fuse_overlay(self, scratch: Scratch) -> list[Source]:
         """Where the kernel refuses an overlay to us, a file server makes one; to the plan it is the root itself."""
-        self.warnings.append("the kernel refuses an overlay here: the root is served by fuse-overlayfs, which is slower")
         mounted, server = union.serve(self._fds["image"], scratch, self.job.path)
+        self.warnings.append("the kernel refuses an overlay here: the root is served by fuse-overlayfs, which is slower")
         self._undo.append(server.close)
-        self.union_server = server
+        self.servers.append(server)
         self._fds["image"] = mounted
-        return [Union(mounted), ScratchDir(scratch, self.spec.scratch_size), Shim(init_shim.program())]
+        return [Union(mounted), ScratchDir(scratch, self._scratch_size), Shim(init_shim.program())]
 
     def _hold_ids(self) -> None:
         if self.spec.userns == "off" or self.rootless:
@@ -203,6 +208,8 @@ class Launch:
             asked = self._possible(asked)
         self._cgroup = JobCgroup.create(self.job.id, asked, announce=self._announce_cgroups)
         self._undo.append(self._cgroup.remove)
+        self.meter = Meter(self.spec, self._cgroup, self.checkpoint.manifest["usage"] if self.checkpoint else None)
+        self._undo.append(self.meter.close)
 
     def _possible(self, asked: Limits) -> Limits:
         """The limits that can be enforced here; the others become warnings."""
@@ -219,20 +226,15 @@ class Launch:
 
     def _delegate_cgroup(self) -> None:
         assert self._cgroup is not None
-        if self.spec.init == "image" and self._cgroup.clone_into >= 0 and (ids := self.outside_ids()) is not None:
-            # An init makes groups of its own below its job's (cgroups(7), "Delegation").
-            for name in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
-                os.chown(f"{self._cgroup.paths[0]}/{name}", *ids)
+        if self.spec.init == "image" and (ids := self.outside_ids()) is not None:
+            self._cgroup.delegate(*ids)
 
     def _cgroup_views(self) -> tuple[tuple[str, str], ...]:
-        """What the job sees in /sys/fs/cgroup, as (name, host directory)."""
+        """What the job sees in /sys/fs/cgroup, as (name, host directory). An init is shown v2 alone, which it may divide."""
         assert self._cgroup is not None
-        paths = self._cgroup.paths
-        unified = self._cgroup.clone_into >= 0
-        if unified and (len(paths) == 1 or self.spec.init == "image"):
-            return (("", paths[0]),)
-        # A v1 or hybrid host: hierarchies are side by side below /sys/fs/cgroup.
-        return tuple((path.removeprefix("/sys/fs/cgroup/").split("/")[0], path) for path in paths)
+        if self.spec.init == "image" and self._cgroup.clone_into >= 0:
+            return (("", self._cgroup.paths[0]),)
+        return self._cgroup.views
 
     def _announce_cgroups(self, paths: list[str]) -> None:
         """Write down what is about to be made, so that it is found again if this process is killed."""
@@ -247,8 +249,12 @@ class Launch:
         try:
             for source in self.plan.sources:
                 if source.key not in self._fds or source.key == "image":
+                    if self.rootless and isinstance(source, OtherImage):
+                        source.serve_in = f"{self.job.path}/{source.key}"
                     self._undo.append(source.close)
                     self._fds[source.key] = source.open(userns_fd)
+                    if isinstance(source, OtherImage) and source.server is not None:
+                        self.servers.append(source.server)
         finally:
             if userns_fd is not None:
                 os.close(userns_fd)
@@ -325,30 +331,12 @@ class Launch:
             log = f"{self.job.path}/pasta.log"
             helper = network.connect_private(self._pasta, self.pid, log, as_root=not self.rootless)
             self._undo.append(helper.close)
-        self.start_counting()
+        self.meter.start_counting(self.pid)
         try:
             self.channel.send({"go": True})
         except OSError:
             pass  # it has died: the caller reads why, or that it said nothing
         self._close_mounts()
-
-    def start_counting(self) -> None:
-        """Open the performance counters, before the command runs."""
-        if self.spec.pmu == "off" or self._cgroup is None:
-            return
-        from imgrun.pmu.counters import Counters
-
-        directory = self._cgroup.clone_into
-        self._counters = Counters.of_cgroup(directory) if directory >= 0 else Counters.of_process(self.pid)
-        self._undo.append(self._counters.close)
-        if self.spec.pmu == "require":
-            self._counters.require_hardware()
-
-    def note_setup(self, user_seconds: float, system_seconds: float) -> None:
-        """What making the job has cost until its init is executed: none of it is the job's own use."""
-        self.setup_seconds = (user_seconds, system_seconds)
-        if self._counters is not None and self._counters.scope == "cgroup":
-            self._counted_before = self._counters.read().counts
 
     def _close_mounts(self) -> None:
         for fd in self._fds.values():
@@ -385,7 +373,7 @@ class Launch:
         return Subject(
             id=self.job.id, spec=self.spec, hostname=self.hostname, init=self.pid, scratch=self.scratch.path,
             userns=self._ids is not None, rootless=self.rootless, input=position(stdin), unsent=unsent,
-            usage=lambda: self._used(time.monotonic() - began).to_dict(),
+            usage=lambda: self.meter.so_far(time.monotonic() - began).to_dict(),
         )  # fmt: skip
 
     def continue_from(self, stdio: tuple[int, ...]) -> None:
@@ -416,75 +404,11 @@ class Launch:
 
     # -- while it runs and after --------------------------------------------------------------------------------------
 
-    def memory_events(self) -> tuple[int, int] | None:
-        """What to poll to learn of memory kills; None where the kernel does not tell."""
-        source = self._cgroup.memory_event_source() if self._cgroup else (-1, 0)
-        return source if source[0] >= 0 else None
-
-    def acknowledge_memory_event(self) -> None:
-        if self._cgroup:
-            self._cgroup.acknowledge_memory_event()
-
-    def memory_killed(self) -> bool:
-        return bool(self._cgroup and self._cgroup.oom_kills())
-
-    def memory_verdict(self, usage: Usage) -> tuple[str, str]:
-        limit = self.spec.memory
-        peak = f"; its peak was {usage.memory_peak >> 20} MiB" if usage.memory_peak else ""
-        if limit is None:
-            return f"the job was killed for memory by a limit above its own, or the host's{peak}", "ask for more memory"
-        return f"the job ran into its memory limit of {limit >> 20} MiB{peak}", "give a larger --memory"
-
     def command_pid(self) -> int | None:
         """The command's pid on the host; None when it cannot be told."""
         from imgrun.isolation.processes import command_of
 
         return command_of(self.pid)
-
-    def usage(self, wall_seconds: float, reaped: resource.struct_rusage) -> Usage:
-        """What the job used: from its cgroup before that goes, and the rest from what the kernel said when it was reaped.
-
-        ``reaped`` holds what all its processes used that were waited for, which the job's init does for all orphans.
-        """
-        usage = self._measured()
-        if usage.user_seconds is None:
-            usage.source = "rusage"
-            usage.user_seconds, usage.system_seconds = reaped.ru_utime, reaped.ru_stime
-        if usage.read_bytes is None:
-            usage.read_bytes, usage.written_bytes = reaped.ru_inblock * 512, reaped.ru_oublock * 512
-        usage.user_seconds = _less(usage.user_seconds, self.setup_seconds[0])
-        usage.system_seconds = _less(usage.system_seconds, self.setup_seconds[1])
-        if self._counters is not None:
-            from imgrun.pmu.events import rates
-
-            found = self._counters.read()
-            before = self._counted_before
-            usage.counts = {k: None if v is None else v - (before.get(k) or 0) for k, v in found.counts.items()}
-            usage.rates = rates(usage.counts)._asdict()
-            usage.counted = " ".join(
-                [found.scope, *(["user"] if found.user_only else []), *(["scaled"] if found.scaled else [])]
-            )
-        usage.scratch_bytes = self.scratch.used()
-        return self._with_earlier(usage, wall_seconds)
-
-    def _measured(self) -> Usage:
-        """What the cgroup says of this life of the job."""
-        usage = Usage(source="cgroup")
-        if self._cgroup is not None:
-            measured = self._cgroup.usage()
-            for field in measured._fields:
-                if field in Usage.__slots__:
-                    setattr(usage, field, getattr(measured, field))
-        return usage
-
-    def _used(self, wall_seconds: float) -> Usage:
-        return self._with_earlier(self._measured(), wall_seconds)
-
-    def _with_earlier(self, usage: Usage, wall_seconds: float) -> Usage:
-        usage.wall_seconds = round(wall_seconds, 6)
-        if self.checkpoint is not None:
-            usage.follow(self.checkpoint.manifest["usage"])
-        return usage
 
     def end(self) -> None:
         """Kill the job if it still runs: with PID 1 the kernel ends all of it."""
@@ -504,16 +428,3 @@ class Launch:
                 failure = failure or e
         if failure is not None:
             raise failure
-
-
-def _less(total: float | None, part: float) -> float | None:
-    return None if total is None else round(max(0.0, total - part), 6)
-
-
-def login_environment(user: passwd.User, job_id: str, *, tty: bool) -> dict[str, str]:
-    """What a login would set, and what says that this is a job of imgrun's."""
-    env = {"PATH": DEFAULT_PATH, "HOME": user.home, "USER": user.name, "LOGNAME": user.name, "SHELL": user.shell}
-    env |= {"container": "imgrun", "IMGRUN_JOB_ID": job_id}
-    if tty:
-        env["TERM"] = os.environ.get("TERM", "xterm")
-    return env

@@ -86,6 +86,8 @@ def start_detached(spec: JobSpec, *, keep: bool, checkpoint: Checkpoint | None =
                 null = os.open("/dev/null", os.O_RDWR)
                 for fd in (0, 1, 2):
                     os.dup2(null, fd)
+                # What else the caller had open, such as a lock of a shell script's, must not live as long as the job.
+                syscalls.close_others([job.lock_fd, theirs.fileno()])
                 stdio = Stdio(-1, open_output(job, "stdout"), open_output(job, "stderr"))
                 supervise(job, spec, stdio, theirs, keep=keep, checkpoint=checkpoint)
         finally:
@@ -191,6 +193,8 @@ def serve(channel: Channel) -> None:
 def _serve_one(message: dict[str, Any], fds: list[int]) -> None:
     lock_fd, ready_fd, *streams = fds
     ready = Channel.from_fd(ready_fd)
+    if not os.environ.get("IMGRUN_DEBUG"):
+        os.dup2(1, 2)  # the program's errors, which may be a pipe that somebody reads to its end
     try:
         job = JobDir(StateRoot(message["root"]), message["job"])
         job.lock_fd = lock_fd

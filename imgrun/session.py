@@ -16,13 +16,13 @@ from typing import NamedTuple, NoReturn
 from imgrun import errors, init_shim, passwd
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
+from imgrun.environment import login_environment
 from imgrun.errors import ImgrunError, JobStateError, StartError
 from imgrun.init_shim import SHIM, StatusReader, StepFailed
 from imgrun.isolation import limits, namespaces, security, userns
 from imgrun.isolation.cgroup import reopen
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
-from imgrun.launch import login_environment
 from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking
 from imgrun.supervisor import FORWARDED
 
@@ -121,6 +121,7 @@ def _enter_and_run(entry: Entry) -> None:
         if entry.drop_groups:
             os.setgroups([])
         os.setresuid(0, 0, 0)
+        sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)  # the change of ids has cleared it
     os.chdir("/")
     security.fresh_keyring()
     # The job's processes shall not look into this copy of the caller before it is the shim; exec ends that.

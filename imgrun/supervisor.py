@@ -243,7 +243,7 @@ class Supervisor:
                 kind = getattr(errors, message["error"], StartError)
                 raise kind(message["message"], message["hint"])
             if "spent" in message:
-                launch.note_setup(message["spent"][0], message["spent"][1])
+                launch.meter.note_setup(message["spent"][0], message["spent"][1])
                 launch.channel.send({"run": True})
             if "terminal" in message:
                 self._adopt_terminal(fds[0])
@@ -308,8 +308,8 @@ class Supervisor:
         assert launch is not None
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
-        memory = launch.memory_events()
-        servers = {os.pidfd_open(helper.pid): helper for helper in (launch.server, launch.union_server) if helper}
+        memory = launch.meter.memory_events()
+        servers = {os.pidfd_open(helper.pid): helper for helper in launch.servers}
         for pidfd in servers:
             self._later(partial(os.close, pidfd))
         running = True
@@ -349,8 +349,8 @@ class Supervisor:
                     if servers.pop(fd).has_failed():
                         self._end("lost")
                 elif memory is not None and fd == memory[0]:
-                    launch.acknowledge_memory_event()
-                    if launch.memory_killed():
+                    launch.meter.acknowledge_memory_event()
+                    if launch.meter.memory_killed():
                         self._end("memory-limit")
             if running:
                 self._keep_time()
@@ -502,12 +502,13 @@ class Supervisor:
                 self._note(f"the job's output could not be written, and the rest is lost: {os.strerror(pump.failure)}")
         exit_code, signum, message = self._how_it_ended()
         reason: Reason = self._reason or ("exited" if signum is None else "signaled")
-        if signum == signal.SIGKILL and self._reason is None and launch.memory_killed():
+        if signum == signal.SIGKILL and self._reason is None and launch.meter.memory_killed():
             reason = "memory-limit"
-        usage = launch.usage(self._ended - self._began, self._reaped)
+        usage = launch.meter.total(self._ended - self._began, self._reaped)
+        usage.scratch_bytes = launch.scratch.used()
         hint = None
         if reason == "memory-limit":
-            message, hint = launch.memory_verdict(usage)
+            message, hint = launch.meter.memory_verdict(usage)
         elif reason == "checkpointed":
             exit_code, signum = self.spec.checkpoint_exit_code, None
             message = f"frozen to {self._frozen_to}"

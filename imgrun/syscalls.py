@@ -7,6 +7,7 @@ Paths are given relative to a directory descriptor wherever the kernel allows it
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -78,6 +79,9 @@ PERF_FLAG_PID_CGROUP = 4
 LO_FLAGS_READ_ONLY = 1
 LO_FLAGS_AUTOCLEAR = 4
 LO_FLAGS_DIRECT_IO = 16
+
+
+OPENAT2_ATTEMPTS = 10_000
 
 
 def _checked(result: int, path: object = None) -> int:
@@ -209,7 +213,13 @@ def mount_setattr(
 
 def openat2(path: str, flags: int, dirfd: int, *, mode: int = 0, resolve: int = RESOLVE_IN_ROOT) -> int:
     """Open ``path`` with ``dirfd`` as its root, whatever symbolic links say (openat2(2))."""
-    return _checked(_lib.ig_openat2(dirfd, os.fsencode(path), flags | os.O_CLOEXEC, mode, resolve), path)
+    name = os.fsencode(path)
+    for _ in range(OPENAT2_ATTEMPTS):
+        result = _lib.ig_openat2(dirfd, name, flags | os.O_CLOEXEC, mode, resolve)
+        # A rename or mount anywhere on the host while ".." is followed: the kernel asks to try again.
+        if result != -errno.EAGAIN:
+            break
+    return _checked(result, path)
 
 
 def prctl(option: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> int:

@@ -200,6 +200,7 @@ int main(int argc, char **argv)
         finish(syscall(SYS_syslog, 3, malloc(4096), 4096));
     else if (!strcmp(verb, "euid")) /* who we are now, and whether exec gave us anything */ {
         printf("%u %u\n", geteuid(), getegid());
+        fflush(stdout);
         execv("/bin/grep", (char *[]){"grep", "CapEff", "/proc/self/status", 0});
     } else if (!strcmp(verb, "chain")) /* chroot(2) out of the root by a directory kept open */ {
         int out = open(".", O_RDONLY);

@@ -171,3 +171,9 @@ class UserLeaks(Leaks):
             for pid in processes_of(self._users.ranged, self._users.single)
         ]
         return [*super().left(), *processes]
+
+
+def has_route() -> bool:
+    """Whether there is a way out that a private network could lead to."""
+    rows = [line.split() for line in read(Path("/proc/net/route")).splitlines()[1:]]
+    return any(row[1] == "0" * 8 for row in rows)

@@ -25,6 +25,7 @@ COMMANDS = {
     "stop": ("control", "Ask jobs to end, then kill them."),
     "checkpoint": ("freeze", "Freeze a job to a directory."),
     "restore": ("freeze", "Continue a job from a checkpoint."),
+    "check": ("check", "Say whether a checkpoint can be continued, or a job frozen."),
     "image": ("image", "Look at images, and build them."),
     "doctor": ("doctor", "Say what imgrun needs of this host, and what is missing."),
 }
@@ -72,9 +73,14 @@ def command_words(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def report(error: ImgrunError) -> None:
     """The one way errors reach people: a line that says what is wrong, and one that says what to do."""
-    print(f"imgrun: {error.message}", file=sys.stderr)
+    print(f"imgrun: {printable(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)
+        print(f"  {printable(error.hint)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text that may hold an image's words, on one line and without what a terminal would obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
             traceback.print_exc()
         report(e)
         status = e.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click makes the latter of the former
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
         status = 141
     except OSError as e:

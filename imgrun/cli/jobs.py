@@ -24,7 +24,8 @@ from imgrun.units import parse_duration
 def ps(everything: bool, quiet: bool, as_json: bool) -> None:
     """List the jobs of this user on this host."""
     collect(StateRoot())
-    records = [job.inspect() for job in Job.all()]
+    # Without a spec it is not there yet, or no more.
+    records = [record for job in Job.all() if (record := job.inspect())["spec"]]
     shown = [r for r in records if everything or r["state"] in ("starting", "running")]
     if as_json:
         print(json.dumps(shown, indent=1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from imgrun.cli import command_words
+from imgrun.cli import command_words, printable
 from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
@@ -132,10 +132,14 @@ def start(**flags: Any) -> NoReturn:
         raise click.exceptions.Exit(0)
     found = None
     if spec.checkpoint_dir is not None:
-        from imgrun import manifest as checkpoint
+        from imgrun import manifest
 
-        if checkpoint.exists(spec.checkpoint_dir):
-            found = checkpoint.load(spec.checkpoint_dir)
+        if manifest.exists(spec.checkpoint_dir):
+            from imgrun.preflight import require
+
+            found = manifest.load(spec.checkpoint_dir)
+            for warning in require(found):
+                print(f"imgrun: warning: {warning}", file=sys.stderr)
         else:
             os.makedirs(spec.checkpoint_dir, mode=0o700, exist_ok=True)  # a scheduler may list it as output
     keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
@@ -174,7 +178,7 @@ def run_foreground(
     result = supervisor.run()
     finish(job, keep=keep)
     for warning in result.warnings:
-        print(f"imgrun: warning: {warning}", file=sys.stderr)
+        print(f"imgrun: warning: {printable(warning)}", file=sys.stderr)
     if result.message:
         print(f"imgrun: {result.message}", file=sys.stderr)
         if result.hint:

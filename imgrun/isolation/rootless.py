@@ -80,10 +80,12 @@ def enter() -> tuple[IdMap, list[str]]:
     maps = _Maps()
     me = os.getpid()
     ready, tell = os.pipe2(os.O_CLOEXEC)
+    said, say = os.pipe2(os.O_CLOEXEC)
     writer = os.fork()
     if writer == 0:
-        _write_maps(maps, me, ready, tell)
+        _write_maps(maps, me, ready, tell, say)
     os.close(ready)
+    os.close(say)
     try:
         try:
             sc.unshare(sc.CLONE_NEWUSER)
@@ -96,10 +98,12 @@ def enter() -> tuple[IdMap, list[str]]:
     finally:
         os.close(tell)
         status = os.waitpid(writer, 0)[1]
+        words = os.read(said, 4096).decode(errors="replace").strip().splitlines()
+        os.close(said)
     if status != 0:
         raise HostError(
-            "newuidmap or newgidmap refused the ids that /etc/subuid and /etc/subgid give you",
-            "they must be set-uid root (or have file capabilities) and the ranges correct; ask your administrator",
+            f"you did not get the ids that /etc/subuid and /etc/subgid give you: {words[0] if words else 'refused'}",
+            "newuidmap and newgidmap must be set-uid root or have file capabilities; ask your administrator",
         )
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
@@ -130,7 +134,7 @@ def _write_own(maps: _Maps) -> None:
             f.write(content)
 
 
-def _write_maps(maps: _Maps, pid: int, ready: int, tell: int) -> NoReturn:
+def _write_maps(maps: _Maps, pid: int, ready: int, tell: int, say: int) -> NoReturn:
     """In a child that stays outside: write the maps once the parent is in its namespace."""
     status = 1
     try:
@@ -145,6 +149,8 @@ def _write_maps(maps: _Maps, pid: int, ready: int, tell: int) -> NoReturn:
             status = 0
         elif maps.by_helper:
             status = 0
+            for fd in (1, 2):
+                os.dup2(say, fd)
             for helper, ranges in zip(maps.helpers, (maps.uids, maps.gids), strict=True):
                 assert helper is not None
                 words = [str(number) for r in ranges for number in r]

@@ -345,7 +345,7 @@ static NORETURN void become_command(const struct request *request, int fd)
         set_groups(request->groups, fd);
     check(fd, "gid", SYS(setresgid, request->gid, request->gid, request->gid));
     check(fd, "uid", SYS(setresuid, request->uid, request->uid, request->uid));
-    if (SYS(getpid) == 1)
+    if (fd == request->status) /* not the child of the reaper, which is frozen with the job */
         follow_supervisor(fd); /* the change of ids has cleared it */
     /* Only now, and only here: limits made for the command shall not hinder the shim, and the change of ids
      * must not meet RLIMIT_NPROC. */

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -95,9 +94,7 @@ def test_proc_by_way_of_dev_does_not_stay_open(hostile: Hostile) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_with_writable_a_link_that_leads_out_is_never_followed(
-    hostile: Hostile, userns: tuple[str, str], name: str
-) -> None:
+def test_with_writable_a_link_that_leads_out_is_never_followed(hostile: Hostile, userns: tuple[str, str], name: str) -> None:
     link_out(hostile, name, "absolute")
     done = hostile.sh("cat /etc/hostname", *userns, "--writable")
     if name == "etc":
@@ -126,19 +123,13 @@ def make_special(path: Path, kind: str) -> None:
         path.write_text("")
     elif kind == "fifo":
         os.mkfifo(path)
-    elif kind == "socket":
-        listener = socket.socket(socket.AF_UNIX)
-        here = os.open(path.parent, os.O_PATH)
-        listener.bind(f"/proc/self/fd/{here}/{path.name}")
-        listener.close()
-        os.close(here)
     elif kind == "character":
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))  # reading /dev/zero does not end
     elif kind == "block":
-        os.mknod(path, stat.S_IFBLK | 0o666, os.stat("/").st_dev)
+        os.mknod(path, stat.S_IFBLK | 0o666, os.makedev(7, 0))
 
 
-@pytest.mark.parametrize("kind", ["file", "fifo", "socket", "character", "block"])
+@pytest.mark.parametrize("kind", ["file", "fifo", "character"])
 @pytest.mark.parametrize("name", [*OWN, *KERNEL])
 def test_no_directory_at_all_is_refused(hostile: Hostile, userns: tuple[str, str], name: str, kind: str) -> None:
     make_special(hostile.replace(name), kind)
@@ -204,15 +195,15 @@ def make_file(hostile: Hostile, name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["resolv.conf", "hosts", "hostname"])
-def test_replaced_files_of_etc(hostile: Hostile, userns: tuple[str, str], name: str, kind: str) -> None:
-    make_file(hostile, f"etc/{name}", kind)
-    done = hostile.sh(f"test -d /etc/{name} || cat /etc/{name}", *userns, "--network", "none", "--hostname", "own", timeout=20)
+def test_replaced_files_of_etc(hostile: Hostile, userns: tuple[str, str], kind: str) -> None:
+    for name in ("resolv.conf", "hosts", "hostname"):
+        make_file(hostile, f"etc/{name}", kind)
+    script = "cd /etc; for name in resolv.conf hosts hostname; do test -d $name || cat $name; done"
+    done = hostile.sh(script, *userns, "--network", "none", "--hostname", "own", timeout=20)
     assert done.status == 0, done
     assert MARK not in done.stdout
     if kind != "directory":
-        own = {"resolv.conf": "no network", "hosts": "127.0.1.1 own", "hostname": "own"}[name]
-        assert own in done.stdout, done
+        assert all(words in done.stdout for words in ("# no network", "127.0.1.1 own", "\nown\n")), done
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,8 +218,8 @@ def test_odd_user_tables(hostile: Hostile, userns: tuple[str, str], kind: str) -
     make_file(hostile, "etc/passwd", kind)
     make_file(hostile, "etc/group", kind)
     began = time.monotonic()
-    assert hostile.sh("id -u; id -g", *userns, "--user", "1000:1000", timeout=20).stdout == "1000\n1000\n"
-    refused(hostile.sh("id", *userns, "--user", "user", timeout=20), 125, "user")
+    assert hostile.sh("stat -L -c %u:%g /proc/self", *userns, "--user", "1000:1000", timeout=20).stdout == "1000:1000\n"
+    refused(hostile.sh("true", *userns, "--user", "user", timeout=20), 125, "user")
     assert time.monotonic() - began < 10
 
 
@@ -269,8 +260,11 @@ def test_odd_users_that_can_be(hostile: Hostile, userns: tuple[str, str]) -> Non
     (hostile.tree / "etc/passwd").write_text(f"user:x:1000:1000::{home}:/bin/sh\n")
     groups = [f"g{n}:x:{n}:user" for n in (5000, 100_000, 4_294_967_294, *range(2000, 2300))]
     (hostile.tree / "etc/group").write_text("\n".join(groups) + "\n")
-    done = hostile.sh('echo ${#HOME}; id -G | tr " " "\\n" | head -2', *userns, "--user", "user")
-    assert (done.status, done.stdout) == (0, f"{len(home)}\n1000\n5000\n"), done
+    done = hostile.sh("echo ${#HOME}; id -G", *userns, "--user", "user")
+    length, gids = done.stdout.splitlines()
+    assert int(length) == len(home)
+    assert {"1000", "5000"} <= set(gids.split())
+    assert ("100000" in gids.split()) == (userns[1] == "off")
 
 
 # -- privileges in the image -------------------------------------------------------------------------------------------
@@ -284,14 +278,17 @@ def test_setuid_programs_and_file_capabilities_give_nothing(hostile: Hostile, us
     capable = hostile.tree / "bin/capable"
     capable.write_bytes(hostile.attack.read_bytes())
     capable.chmod(0o755)
-    run_tool("setcap", "cap_sys_admin,cap_dac_override=ep", capable)
+    run_tool("setcap", "cap_dac_override=ep", capable)
     (hostile.tree / "bin/grep").unlink()
     (hostile.tree / "bin/grep").symlink_to("busybox")
 
     # The same files, outside.
     assert as_user(1000, hostile.tree / "bin/suid", "euid").startswith("0 1000\n")
     assert as_user(1000, hostile.tree / "bin/sgid", "euid").startswith("1000 0\n")
-    assert as_user(1000, capable, "create", "/imgrun-test-must-not-be/x") == "ENOENT\n"
+    roots = hostile.directory / "of-root"
+    roots.mkdir(mode=0o700)
+    assert as_user(1000, hostile.attack, "create", str(roots / "x")) == "EACCES\n"
+    assert as_user(1000, capable, "create", str(roots / "x")) == "ok\n"
 
     for init in ("shim", "none"):
         for name in ("suid", "sgid", "capable"):
@@ -309,13 +306,10 @@ def test_a_setuid_shell_as_the_command(hostile: Hostile, userns: tuple[str, str]
 
 @pytest.mark.parametrize("flags", [(), ("--writable",)])
 def test_device_nodes_of_the_image_do_not_work(hostile: Hostile, userns: tuple[str, str], flags: tuple[str, ...]) -> None:
-    disk = os.stat("/").st_dev
     for place in ("node", "dev/node", "tmp/node"):
         make_special(hostile.tree / f"{place}-character", "character")
         make_special(hostile.tree / f"{place}-block", "block")
-    outside = [hostile.outside("read", hostile.tree / f"node-{kind}") for kind in ("character", "block")]
-    assert outside[0] == "ok"
-    assert outside[1] == ("ok" if os.major(disk) else "ENXIO")
+    assert hostile.outside("read", hostile.tree / "node-character") == "ok"
     attempts = ["read /node-character", "read /node-block", "append /node-block"]
     outcomes = hostile.tries(*attempts, flags=(*userns, *flags))
     assert outcomes == dict.fromkeys(attempts, "open: EACCES")
@@ -335,7 +329,9 @@ def test_odd_names_in_the_image(hostile: Hostile, userns: tuple[str, str], run: 
     os.symlink("busybox", os.fsencode(hostile.tree) + b"/bin/a\nb")
     done = hostile.sh("find /odd -type f -print0 | tr -cd '\\000' | wc -c; cp -r /odd /tmp; rm -r /odd; ls -d /odd", *userns)
     assert done.stdout.split() == [str(len(names))], done
-    with_program = hostile.start(*userns, "--bind", f"{hostile.tree}/bin/busybox:/bin/tr\nue", "--", "/bin/tr\nue", "echo", "x")
+    with_program = hostile.start(
+        *userns, "--bind", f"{hostile.tree}/bin/busybox:/bin/tr\nue", "--", "/bin/tr\nue", "echo", "x"
+    )
     assert with_program.status == 0 or with_program.stdout == "", with_program
     assert run("image", "inspect", hostile.image).status == 0
 

@@ -1,0 +1,39 @@
+"""``check``: whether a checkpoint can be continued here, or a job be frozen."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import click
+
+
+@click.command("check", short_help="Say whether a checkpoint can be continued, or a job frozen.")
+@click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
+@click.argument("what", metavar="CHECKPOINT|JOB")
+def check(what: str, as_json: bool) -> NoReturn:
+    """Look at a checkpoint (a path with a '/', or a directory that holds one) or at a running job, and change nothing.
+
+    One line for each requirement: ok, warning or refused. The exit status is 0, or 1 when something is refused.
+    """
+    from imgrun import manifest
+    from imgrun.preflight import findings
+
+    if "/" in what or manifest.exists(what):
+        found = findings(manifest.load(what))
+    else:
+        from imgrun.audit import audit
+        from imgrun.job import Job
+
+        found = audit(Job.find(what))
+    if as_json:
+        import json
+
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        for finding in found:
+            print(finding)
+            if finding.hint and finding.level != "ok":
+                print(f"{'':23} {finding.hint}")
+    raise click.exceptions.Exit(1 if any(finding.level == "refused" for finding in found) else 0)
+
+

@@ -1,0 +1,118 @@
+"""Continuing a checkpoint: its files go back into the scratch, its memory file systems into their mounts, its input to where
+it stood, and its processes into the namespaces of a new job. The checkpoint itself is only read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tarfile
+from typing import Any
+
+from imgrun import criu
+from imgrun.checkpoint import copy_tree, directory_mount, no_name_service, toolbox_mount
+from imgrun.errors import CheckpointError, RestoreError
+from imgrun.isolation import namespaces
+from imgrun.manifest import Checkpoint
+from imgrun.storage.trees import remove_tree
+
+TAIL = 64 << 10
+
+
+def put_files_back(checkpoint: Checkpoint, scratch: str) -> None:
+    """Fill the scratch of the new job with the files of the checkpoint, which keeps its own."""
+    for name in checkpoint.manifest["layers"]:
+        if name != "scratch.img":
+            remove_tree(f"{scratch}/{name}")
+        try:
+            copy_tree(f"{checkpoint.path}/files/{name}", f"{scratch}/{name}")
+        except CheckpointError as e:
+            raise RestoreError(e.message, e.hint) from e
+
+
+def restore(
+    checkpoint: Checkpoint, init: int, join: tuple[int, ...], clone_into: int, streams: tuple[int, ...], work: str
+) -> None:
+    """Bring the processes back into the namespaces of ``init``, with these standard streams.
+
+    CRIU's log goes to the directory ``work``. Raises RestoreError.
+    """
+    manifest = checkpoint.manifest
+    descriptors = namespaces.open_all(init)
+    opened = [*descriptors.values()]
+    try:
+        userns = descriptors.get("user")
+        opened.append(toolbox_mount())
+        opened.append(directory_mount(f"{checkpoint.path}/processes", userns, read_only=True))
+        opened.append(directory_mount(work, userns))
+        inherit = {
+            manifest["streams"][str(number)]: fd
+            for number, fd in enumerate(streams)
+            if manifest["streams"][str(number)].startswith("pipe:")
+        }
+        last_pid = int(manifest["last_pid"])
+        site = criu.Site(descriptors, *opened[-3:], bool(manifest["userns"]), join, clone_into, last_pid, inherit)
+        places = [str(place) for place in manifest["memory"]]
+        criu.restore(site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}")
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _restore_memory(places: list[str]) -> None:
+    no_name_service()
+    for number, place in enumerate(places):
+        with tarfile.open(f"{criu.IMAGES}/memory-{number}.tar") as tar:
+            # All of it as it was; what it can do wrong it does inside the job, with the job's rights.
+            tar.extraction_filter = lambda member, _path: member
+            tar.extractall(place, numeric_owner=True)
+
+
+# -- input ------------------------------------------------------------------------------------------------------------
+
+
+def saved_input(checkpoint: Checkpoint) -> bytes:
+    """What the job had been given to read and had not read."""
+    try:
+        with open(f"{checkpoint.path}/stdin", "rb") as f:
+            return f.read()
+    except FileNotFoundError:
+        return b""
+
+
+def reads_pipe(checkpoint: Checkpoint) -> bool:
+    """Whether the job was given an input at all, and so has to be given one again."""
+    return str(checkpoint.manifest["streams"]["0"]).startswith("pipe:")
+
+
+def position(fd: int | None) -> dict[str, Any] | None:
+    """Where the job's input stands: at its end (a negative descriptor), or in a file that is told from others."""
+    if fd is None:
+        return None
+    if fd < 0:
+        return {"ended": True}
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return None
+    offset = os.lseek(fd, 0, os.SEEK_CUR)
+    return {"offset": offset, "before": _before(fd, offset)}
+
+
+def has_more_input(checkpoint: Checkpoint, fd: int) -> bool:
+    """Whether the job goes on to read from ``fd``: not when its input had ended.
+
+    Where the same file is given again, from its start, it is set to where the job stood.
+    """
+    was = checkpoint.manifest.get("input") or {}
+    if was.get("ended"):
+        return False
+    here = position(fd)
+    if "offset" in was and here and here["offset"] == 0 and os.fstat(fd).st_size >= was["offset"]:
+        if _before(fd, was["offset"]) == was["before"]:
+            os.lseek(fd, was["offset"], os.SEEK_SET)
+    return True
+
+
+def _before(fd: int, offset: int) -> str:
+    start = max(offset - TAIL, 0)
+    return hashlib.sha256(os.pread(fd, offset - start, start)).hexdigest()

@@ -1,0 +1,101 @@
+"""What a checkpoint depends on, written down so that it is known again: the image, the processor, the kernel, CRIU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import stat
+from typing import Any
+
+SAMPLES = 64
+SAMPLE = 64 << 10
+SCRATCH_FEATURES = frozenset({"constant_tsc", "nonstop_tsc", "rep_good", "nopl", "cpuid", "tsc_known_freq", "hypervisor"})
+"""Flags of /proc/cpuinfo that say something of the machine and nothing that a program could use."""
+
+
+def image(path: str) -> dict[str, Any]:
+    """An image's identity: where it is, and size, time of change and fingerprint. Raises OSError.
+
+    The fingerprint is the SHA-256 of samples all over the file: copies have the same, other images another; that not a
+    byte of a large one was changed it does not prove. Of a directory only the place is known.
+    """
+    status = os.stat(path)
+    record: dict[str, Any] = {"path": path, "kind": "directory" if stat.S_ISDIR(status.st_mode) else "file"}
+    if stat.S_ISREG(status.st_mode):
+        record |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "fingerprint": fingerprint(path)}
+    return record
+
+
+def fingerprint(path: str) -> str:
+    """The SHA-256 of a file's size and of samples of it."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        digest = hashlib.sha256(str(size).encode())
+        last = max(size - SAMPLE, 0)
+        for number in range(SAMPLES + 1):
+            digest.update(os.pread(fd, SAMPLE, last * number // SAMPLES))
+        return digest.hexdigest()
+    finally:
+        os.close(fd)
+
+
+def same_image(was: dict[str, Any], path: str) -> str | None:
+    """How the image at ``path`` differs from what it was; None when it does not. Raises OSError."""
+    status = os.stat(path)
+    kind = "directory" if stat.S_ISDIR(status.st_mode) else "file"
+    if kind != was.get("kind"):
+        return f"it was a {was.get('kind')} and is a {kind}"
+    if kind == "directory":
+        return None
+    if status.st_size != was.get("size"):
+        return f"it had {was.get('size')} bytes and has {status.st_size}"
+    if status.st_mtime_ns != was.get("mtime_ns") and fingerprint(path) != was.get("fingerprint"):
+        return "its content was changed"
+    return None
+
+
+def processor() -> dict[str, Any]:
+    """The processor's kind and what programs can use of it (/proc/cpuinfo), of the first one."""
+    found: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+            for line in f:
+                key, _, value = line.partition(":")
+                if not line.strip():
+                    break
+                found[key.strip()] = value.strip()
+    except OSError:
+        pass
+    flags = set((found.get("flags") or found.get("Features") or "").split()) - SCRATCH_FEATURES
+    return {
+        "vendor": found.get("vendor_id") or found.get("CPU implementer"),
+        "family": found.get("cpu family") or found.get("CPU architecture"),
+        "model": found.get("model name") or found.get("CPU part"),
+        "features": sorted(flags),
+    }
+
+
+def host() -> dict[str, Any]:
+    """This host, as far as processes depend on it."""
+    return {"kernel": platform.release(), "machine": platform.machine(), "criu": criu_version(), "cpu": processor()}
+
+
+def criu_version() -> str | None:
+    """Of the CRIU that imgrun uses; None without one."""
+    try:
+        import imgrun_criu
+    except ImportError:
+        return None
+    return str(imgrun_criu.VERSION)
+
+
+def version_tuple(text: str | None) -> tuple[int, ...]:
+    """The numbers a version begins with: (6, 18, 0) for 6.18.0-rc1."""
+    numbers = []
+    for word in (text or "").replace("-", ".").split("."):
+        if not word.isdigit():
+            break
+        numbers.append(int(word))
+    return tuple(numbers)

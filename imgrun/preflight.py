@@ -1,0 +1,220 @@
+"""``imgrun check CHECKPOINT``: whether it can be continued here, requirement by requirement, before anything is touched."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, NamedTuple
+
+from imgrun import identity
+from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
+from imgrun.manifest import OLDER, Checkpoint, changed_files, foreign_owner
+from imgrun.spec import JobSpec, parse_bind
+
+Level = Literal["ok", "warning", "refused"]
+OVERRIDES = ("owner", "image-changed", "cpu", "criu", "ids", "second-copy")
+"""What ``--allow`` may name."""
+
+
+class Finding(NamedTuple):
+    """One requirement and what became of it. ``name`` is what ``--allow`` takes, where it can be overridden."""
+
+    level: Level
+    name: str
+    text: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.level:8} {self.name:14} {self.text}"
+
+
+def changed(
+    checkpoint: Checkpoint,
+    *,
+    image: str | None = None,
+    memory: str | None = None,
+    binds: tuple[str, ...] = (),
+    allow: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The checkpoint with what is to be different this time. ``binds`` are ``NEW:DST``, for mounts that it has.
+
+    Raises SpecError.
+    """
+    if unknown := set(allow) - set(OVERRIDES):
+        raise SpecError(f"--allow {min(unknown)!r} is unknown", f"one of: {', '.join(OVERRIDES)}")
+    spec = checkpoint.spec
+    changes: dict[str, object] = {}
+    if image is not None:
+        changes["image"] = image
+    if memory is not None:
+        changes["memory"] = memory
+    mounts = list(spec.mounts)
+    for text in binds:
+        bind = parse_bind(text)
+        place = next((i for i, m in enumerate(mounts) if m.dst == os.path.normpath(bind.dst) and m.type != "tmpfs"), None)
+        if place is None:
+            known = ", ".join(m.dst for m in mounts if m.type != "tmpfs") or "none"
+            raise SpecError(f"the job has no mount at {bind.dst} whose source could be another", f"it has: {known}")
+        mounts[place] = mounts[place]._replace(src=os.path.abspath(bind.src))
+    changes["mounts"] = tuple(mounts)
+    return checkpoint._replace(spec=spec.with_changes(**changes), shared="second-copy" in allow)
+
+
+def require(checkpoint: Checkpoint, allow: tuple[str, ...] = ()) -> list[str]:
+    """Raise RestoreError for the first requirement that is not met and not allowed to be; returns the warnings."""
+    warnings = []
+    for finding in findings(checkpoint):
+        if finding.level == "warning" or (finding.level == "refused" and finding.name in allow):
+            warnings.append(finding.text)
+        elif finding.level == "refused":
+            override = f"; or --allow {finding.name}" if finding.name in OVERRIDES else ""
+            raise RestoreError(f"{checkpoint.path} cannot be continued here: {finding.text}", f"{finding.hint}{override}")
+    return warnings
+
+
+def findings(checkpoint: Checkpoint) -> list[Finding]:
+    """Every requirement, the cheap ones first."""
+    return [
+        *_owner(checkpoint),
+        *_host(checkpoint),
+        *_image(checkpoint),
+        *_mounts(checkpoint.spec),
+        *_limits(checkpoint.spec),
+        *_running(checkpoint),
+        *_files(checkpoint),
+    ]
+
+
+def _owner(checkpoint: Checkpoint) -> list[Finding]:
+    try:
+        who = foreign_owner(checkpoint, os.geteuid())
+    except OSError as e:
+        return [Finding("refused", "files", str(e), OLDER)]
+    if who is None:
+        return [Finding("ok", "owner", "it is yours alone")]
+    hint = "it holds programs that would run as you: look where it comes from, and make it yours"
+    return [Finding("refused", "owner", f"{who}, who could have put anything into it", hint)]
+
+
+def _host(checkpoint: Checkpoint) -> list[Finding]:
+    was, here = checkpoint.manifest["host"], identity.host()
+    found = []
+    if was["machine"] != here["machine"]:
+        text = f"it was made on {was['machine']}, and this is {here['machine']}"
+        return [Finding("refused", "machine", text, "continue it on a host of its kind")]
+    missing = sorted(set(was["cpu"]["features"]) - set(here["cpu"]["features"]))
+    if missing:
+        text = f"this processor lacks {', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}, which the job's had"
+        found.append(Finding("refused", "cpu", text, "continue it on a host with as good a processor"))
+    elif was["cpu"]["vendor"] != here["cpu"]["vendor"]:
+        text = f"the processor is of {here['cpu']['vendor']} and was of {was['cpu']['vendor']}"
+        found.append(Finding("warning", "cpu", text))
+    else:
+        found.append(Finding("ok", "cpu", "this processor can do what the job's could"))
+    version = identity.version_tuple
+    if version(here["kernel"])[:2] < version(was["kernel"])[:2]:
+        text = f"this kernel is {here['kernel']}, older than the job's {was['kernel']}"
+        found.append(Finding("warning", "kernel", text))
+    else:
+        found.append(Finding("ok", "kernel", f"{here['kernel']}, and was {was['kernel']}"))
+    if here["criu"] is None:
+        found.append(Finding("refused", "criu-missing", "CRIU is not installed", "pip install imgrun-criu"))
+    elif version(here["criu"]) < version(was["criu"]):
+        text = f"this CRIU is {here['criu']}, older than the {was['criu']} that made it"
+        found.append(Finding("refused", "criu", text, "pip install --upgrade imgrun-criu"))
+    else:
+        found.append(Finding("ok", "criu", f"{here['criu']}, and was {was['criu']}"))
+    found.append(_ids(checkpoint))
+    return found
+
+
+def _ids(checkpoint: Checkpoint) -> Finding:
+    from imgrun.isolation.rootless import is_host_root
+
+    manifest = checkpoint.manifest
+    rootless = not is_host_root()
+    if bool(manifest["rootless"]) != rootless:
+        made = "an ordinary user" if manifest["rootless"] else "root"
+        return Finding("refused", "ids", f"the owners of its files are as for {made}", f"continue it as {made}")
+    outside = manifest["ids"]["uid"][0][1] if manifest["ids"]["uid"] else 0
+    if rootless and outside not in (0, os.geteuid()):
+        return Finding("refused", "ids", f"it was made by uid {outside}, and you are {os.geteuid()}", "continue it as that user")
+    return Finding("ok", "ids", "its files have owners that you can give")
+
+
+def _image(checkpoint: Checkpoint) -> list[Finding]:
+    path = checkpoint.spec.image
+    writable = checkpoint.spec.root == "writable"
+    try:
+        difference = identity.same_image(checkpoint.manifest["image"], path)
+    except FileNotFoundError:
+        hint = "bring it back, or tell with --image PATH where it is now"
+        return [Finding("refused", "image", f"the image {path} is not there", hint)]
+    except OSError as e:
+        return [Finding("refused", "image", f"the image {path} cannot be read: {e.strerror}", "see its permissions")]
+    found = []
+    if difference is None:
+        found.append(Finding("ok", "image", f"{path} is as it was"))
+    else:
+        hint = "take the image as it was" + (": the job wrote into it, and goes on where it stood" if writable else "")
+        found.append(Finding("refused", "image-changed", f"{path} is not the image that it was: {difference}", hint))
+    found += _image_in_use(path, writable)
+    return found
+
+
+def _image_in_use(path: str, writable: bool) -> list[Finding]:
+    from imgrun.storage import lock
+
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        lock.hold(fd, path, exclusive=writable, wait=0)
+    except ImgrunError as e:
+        return [Finding("refused", "image-in-use", e.message, e.hint)]
+    except OSError:
+        pass  # it cannot be told here; the start will
+    finally:
+        os.close(fd)
+    return []
+
+
+def _mounts(spec: JobSpec) -> list[Finding]:
+    found = []
+    for mount in spec.mounts:
+        if mount.type == "tmpfs":
+            continue
+        if os.path.exists(mount.src):
+            found.append(Finding("ok", "mount", f"{mount.src}, for {mount.dst}, is there"))
+        else:
+            hint = f"make it, or give another with --bind NEW:{mount.dst}"
+            found.append(Finding("refused", "mount", f"{mount.src}, for {mount.dst}, is not there", hint))
+    return found
+
+
+def _limits(spec: JobSpec) -> list[Finding]:
+    from imgrun.isolation.cgroup import check_limits
+
+    if spec.limits_mode == "best-effort":
+        return []
+    try:
+        check_limits(spec.limits())
+    except LimitError as e:
+        return [Finding("refused", "limit", e.message, e.hint)]
+    return [Finding("ok", "limit", "its limits can be kept")]
+
+
+def _running(checkpoint: Checkpoint) -> list[Finding]:
+    try:
+        os.close(checkpoint.hold())
+    except RestoreError as e:
+        return [Finding("refused", "second-copy", e.message, "end that one first")]
+    return []
+
+
+def _files(checkpoint: Checkpoint) -> list[Finding]:
+    wrong = changed_files(checkpoint)
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        return [Finding("refused", "files", f"{wrong[0]}{more}", OLDER)]
+    total = sum(file["size"] for file in checkpoint.manifest["files"].values())
+    return [Finding("ok", "files", f"{len(checkpoint.manifest['files'])} files, {total >> 20} MiB, are as written")]
+
+
