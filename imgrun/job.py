@@ -9,7 +9,7 @@ from typing import Any
 
 from imgrun import errors
 from imgrun.channel import connect
-from imgrun.errors import ImgrunError, JobStateError
+from imgrun.errors import ImgrunError, JobStateError, SpecError
 from imgrun.result import Result, Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
@@ -175,6 +175,7 @@ class Job:
 
     def signal(self, signum: int) -> None:
         """Send a signal to the job's command. SIGKILL ends the whole job. Raises JobStateError when it does not run."""
+        _check_signal(signum)
         self._request(request="signal", signal=int(signum))
 
     def kill(self) -> None:
@@ -188,6 +189,8 @@ class Job:
 
     def request_stop(self, timeout: float | None = None, signum: int | None = None) -> None:
         """As :meth:`stop`, without waiting."""
+        if signum is not None:
+            _check_signal(signum)
         self._request(request="stop", timeout=timeout, signal=None if signum is None else int(signum))
 
     def checkpoint(self, to: str, *, stop: bool = True) -> None:
@@ -227,6 +230,11 @@ class Job:
         if self.running and isinstance(pid, int) and process_start(pid) == live.get("init_start"):
             return pid
         raise JobStateError(f"job {self.id} is not running", "'imgrun ps --all' shows the states")
+
+
+def _check_signal(signum: int) -> None:
+    if not 0 < signum < signals.NSIG:
+        raise SpecError(f"there is no signal {signum}", f"signals are 1 to {signals.NSIG - 1}")
 
 
 def finish(job: JobDir, *, keep: bool) -> None:

@@ -39,6 +39,9 @@ class Meter:
 
     def note_setup(self, user_seconds: float, system_seconds: float) -> None:
         """What making the job has cost until its init is executed: none of it is the job's own use."""
+        measured = self._cgroup.usage()
+        if measured.user_seconds is not None and measured.system_seconds is not None:
+            user_seconds, system_seconds = measured.user_seconds, measured.system_seconds
         self._setup_seconds = (user_seconds, system_seconds)
         if self._counters is not None and self._counters.scope == "cgroup":
             self._counted_before = self._counters.read().counts

@@ -17,7 +17,7 @@ from imgrun import errors, init_shim, passwd
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.environment import login_environment
-from imgrun.errors import ImgrunError, JobStateError, StartError
+from imgrun.errors import ImgrunError, JobStateError, PrivilegeError, StartError
 from imgrun.init_shim import SHIM, StatusReader, StepFailed
 from imgrun.isolation import limits, namespaces, security, userns
 from imgrun.isolation.cgroup import reopen
@@ -69,6 +69,7 @@ def execute(
     gids = userns.gids_of(init)
     may_set_groups = sum(map(len, gids)) > 1
     who = who._replace(groups=tuple(g for g in who.groups if any(g in ids for ids in gids)))
+    _check_mapped(init, who)
     cwd = workdir or spec.workdir or "/"
     cgroup = reopen(job.cgroup_paths())
     ours, theirs = Channel.pair()
@@ -93,6 +94,19 @@ def execute(
         os.close(fd)
     cgroup.close()
     return _accompany(pid, ours, status_read, command, cwd, who.name, stdin)
+
+
+def _check_mapped(init: int, who: passwd.User) -> None:
+    for name, number in (("uid_map", who.uid), ("gid_map", who.gid)):
+        try:
+            with open(f"/proc/{init}/{name}", encoding="ascii") as f:
+                rows = [[int(word) for word in line.split()] for line in f]
+        except OSError as e:
+            raise JobStateError("the job ended meanwhile", "see 'imgrun inspect' for how") from e
+        if not any(inside <= number < inside + size for inside, _, size in rows):
+            raise PrivilegeError(
+                f"--user {who.name}: id {number} is not among the job's ids", "choose another; --user 0 is its root"
+            )
 
 
 # -- in the process that enters ---------------------------------------------------------------------------------------

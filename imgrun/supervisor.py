@@ -443,6 +443,13 @@ class Supervisor:
             pass  # whoever asked has gone
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Do what is asked. Whatever that is, the job goes on."""
+        try:
+            return self._do(message)
+        except (KeyError, TypeError, ValueError, OSError) as e:
+            return {"error": f"malformed request: {e}"}
+
+    def _do(self, message: dict[str, Any]) -> dict[str, Any]:
         match message.get("request"):
             case "signal":
                 self._signal(int(message["signal"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _socket
 import fcntl
 import os
+import resource
 import select
 import signal
 import struct
@@ -115,9 +116,9 @@ def _become_init(setup: Setup) -> None:
         os._exit(125)
     sc.close_range_cloexec(3)
     os.set_inheritable(setup.status, True)
-    spent = os.times()
+    spent = resource.getrusage(resource.RUSAGE_SELF)
     # What we did so far is not the job's; the supervisor notes where its counters stand.
-    setup.channel.send({"spent": [spent.user, spent.system]})
+    setup.channel.send({"spent": [spent.ru_utime, spent.ru_stime]})
     if setup.channel.receive() is None:
         os._exit(125)
     if setup.filter is not None:
