@@ -44,7 +44,8 @@ class Place:
         if os.geteuid() != 0:
             raise CannotMeasure("the benchmarks need root: peers, and mounting an image without FUSE, do")
         os.makedirs(self.cache, exist_ok=True)
-        _compile_bytecode()
+        # Users do not compile Python at every start, and nor do those who develop it and leave no bytecode behind.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         self._make_roots()
         self.directory = tempfile.mkdtemp(prefix="run-", dir=self.cache)
         self.short = tempfile.mkdtemp(prefix="ib-", dir="/tmp")
@@ -144,9 +145,3 @@ def _cache() -> str:
 def _command() -> tuple[str, ...]:
     script = os.path.join(os.path.dirname(sys.executable), "imgrun")
     return (script,) if os.path.exists(script) else (sys.executable, "-m", "imgrun.cli")
-
-
-def _compile_bytecode() -> None:
-    """Users do not pay for compiling Python; a developer with PYTHONDONTWRITEBYTECODE would at every start."""
-    command = [sys.executable, "-m", "compileall", "-q", f"{REPOSITORY}/imgrun"]
-    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)

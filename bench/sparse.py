@@ -170,7 +170,10 @@ def _read_image(place: Place, direct: bool) -> Mapping[str, float]:
 def _resident(path: str) -> int:
     """The bytes of a file that are in the page cache."""
     command = ["fincore", "--noheadings", "--bytes", "--output", "RES", path]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    except FileNotFoundError:
+        raise Unavailable("fincore (util-linux) is not installed") from None
 
 
 def _write(place: Place, room: Room) -> Mapping[str, float]:

@@ -135,8 +135,11 @@ class _Saving:
                 raise JobStateError("the job is ending", "see 'imgrun inspect' for how")
             self.manifest = self._describe()
             self.renames = not self.leave_running and _can_rename(subject.scratch, f"{self.building}/files")
-            opened += [toolbox_mount(), *(directory_mount(f"{self.building}/{name}", self._userns()) for name in PLACES)]
-            site = criu.Site(self._descriptors, *opened[-3:], subject.userns)
+            userns = self._descriptors.get("user")
+            opened.append(toolbox := toolbox_mount())
+            opened.append(images := directory_mount(f"{self.building}/processes", userns))
+            opened.append(work := directory_mount(f"{self.building}/work", userns))
+            site = criu.Site(self._descriptors, toolbox, images, work, subject.userns)
             criu.TASKS["save"] = lambda: _save_memory(self._places)
             criu.dump(site, frozen=lambda session: self._frozen(session, ended), log=self.log, kept=kept_log(self.target))
             if not self.leave_running:
@@ -151,9 +154,6 @@ class _Saving:
             self._write_manifest()
         else:
             self._take_files()
-
-    def _userns(self) -> int | None:
-        return self._descriptors.get("user")
 
     def _describe(self) -> dict[str, Any]:
         from imgrun import __version__
@@ -246,9 +246,6 @@ class _Saving:
                 f.write(json.dumps(self.manifest, indent=1) + "\n")
                 f.truncate()
                 os.fsync(f.fileno())
-
-
-PLACES = ("processes", "work")
 
 
 def memory_mounts(spec: JobSpec) -> list[str]:

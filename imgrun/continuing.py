@@ -43,16 +43,17 @@ def restore(
     opened = [*descriptors.values()]
     try:
         userns = descriptors.get("user")
-        opened.append(toolbox_mount())
-        opened.append(directory_mount(f"{checkpoint.path}/processes", userns, read_only=True))
-        opened.append(directory_mount(work, userns))
+        opened.append(toolbox := toolbox_mount())
+        opened.append(images := directory_mount(f"{checkpoint.path}/processes", userns, read_only=True))
+        opened.append(logs := directory_mount(work, userns))
         inherit = {
             manifest["streams"][str(number)]: fd
             for number, fd in enumerate(streams)
             if manifest["streams"][str(number)].startswith("pipe:")
         }
         last_pid = int(manifest["last_pid"])
-        site = criu.Site(descriptors, *opened[-3:], bool(manifest["userns"]), join, clone_into, last_pid, inherit)
+        userns_of_its_own = bool(manifest["userns"])
+        site = criu.Site(descriptors, toolbox, images, logs, userns_of_its_own, join, clone_into, last_pid, inherit)
         places = [str(place) for place in manifest["memory"]]
         criu.restore(site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}")
     finally:
@@ -107,9 +108,9 @@ def has_more_input(checkpoint: Checkpoint, fd: int) -> bool:
     if was.get("ended"):
         return False
     here = position(fd)
-    if "offset" in was and here and here["offset"] == 0 and os.fstat(fd).st_size >= was["offset"]:
-        if _before(fd, was["offset"]) == was["before"]:
-            os.lseek(fd, was["offset"], os.SEEK_SET)
+    from_start = "offset" in was and here is not None and here["offset"] == 0
+    if from_start and os.fstat(fd).st_size >= was["offset"] and _before(fd, was["offset"]) == was["before"]:
+        os.lseek(fd, was["offset"], os.SEEK_SET)
     return True
 
 

@@ -213,7 +213,7 @@ def _open(path: str, *, writable: bool) -> int:
                 f"{path} is a block device; an image is a file or a directory", "mount it and give the directory"
             )
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise ImageMissing(f"{path} is {_file_kind(mode)}; an image is a file or a directory")
+            raise ImageMissing(f"{path} is {_file_kind(mode)}; an image is a file or a directory", "check the path")
         flags = os.O_RDWR if writable and stat.S_ISREG(mode) else os.O_RDONLY
         return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
     except OSError as e:

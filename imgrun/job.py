@@ -95,7 +95,8 @@ class Job:
 
     def inspect(self) -> dict[str, Any]:
         """Everything that is recorded of the job, for JSON."""
-        record = {"id": self.id} | self._dir.read("job.json") | {"name": self.name, "state": self.state, "directory": self.directory}
+        record = {"id": self.id} | self._dir.read("job.json")
+        record |= {"name": self.name, "state": self.state, "directory": self.directory}
         live = self._dir.read("state.json")
         for key in ("supervisor", "init", "started_at", "hostname", "cgroups"):
             record[key] = live.get(key)

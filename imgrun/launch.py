@@ -331,11 +331,12 @@ class Launch:
             log = f"{self.job.path}/pasta.log"
             helper = network.connect_private(self._pasta, self.pid, log, as_root=not self.rootless)
             self._undo.append(helper.close)
-        self.meter.start_counting(self.pid)
         try:
             self.channel.send({"go": True})
         except OSError:
             pass  # it has died: the caller reads why, or that it said nothing
+        # While the first process mounts: it does not execute anything before the meter has noted where counters stand.
+        self.meter.start_counting(self.pid)
         self._close_mounts()
 
     def _close_mounts(self) -> None:

@@ -7,6 +7,7 @@ imports done and forks a supervisor per request. The server ends when the progra
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -42,9 +43,11 @@ def supervise(
         _report(ready, {"started": True})
 
     result = Supervisor(job, spec, stdio, on_started=report, checkpoint=checkpoint).run()
-    if not started:
-        _report(ready, {"error": result.failure_class, "message": result.message, "hint": result.hint})
-    finish(job, keep=keep and started)
+    try:
+        finish(job, keep=keep and started)
+    finally:
+        if not started:  # told last: then nothing of it is left, and its name is free
+            _report(ready, {"error": result.failure_class, "message": result.message, "hint": result.hint})
 
 
 def _report(ready: Channel, message: dict[str, Any]) -> None:
@@ -141,7 +144,9 @@ def _ask_server(message: dict[str, Any], fds: list[int]) -> None:
     global _server
     for attempt in (1, 2):
         with _lock:
-            if _server is None or _server_pid != os.getpid():
+            if _server_pid != os.getpid():
+                close_server()  # that of the program we were forked from
+            if _server is None:
                 _server = _start_server()
             server = _server
         try:
@@ -150,24 +155,42 @@ def _ask_server(message: dict[str, Any], fds: list[int]) -> None:
         except OSError as e:
             with _lock:
                 if _server is server:
-                    _server = None
+                    close_server()
             if attempt == 2:
                 raise HostError(f"imgrun's launcher process does not answer: {e.strerror}", "try again") from e
 
 
+def close_server() -> None:
+    """Let the server end, once it has done what it was asked."""
+    global _server
+    if _server is not None:
+        _server.close()
+        _server = None
+
+
 def _start_server() -> Channel:
+    import atexit
+    import fcntl
     import subprocess
 
     global _server_pid
-    ours, theirs = Channel.pair()
     if not sys.executable:
         raise HostError("this Python does not know its own executable", "set sys.executable, or use the command line")
-    subprocess.Popen(
-        [sys.executable, "-m", "imgrun.launcher", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
+    ours, theirs = Channel.pair()
+    # Not one of the standard three, which a program may have closed, and which the server gets anew.
+    fd = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
     theirs.close()
+    try:
+        # It leaves the server behind: the program never has a child that it does not know, and may wait for all it has.
+        subprocess.run(
+            [sys.executable, "-P", "-m", "imgrun.launcher", str(fd)],
+            pass_fds=[fd], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )  # fmt: skip
+    finally:
+        os.close(fd)
+    if _server_pid == 0:
+        atexit.register(close_server)
     _server_pid = os.getpid()
     return ours
 
@@ -177,6 +200,10 @@ def serve(channel: Channel) -> None:
     import imgrun.launch  # noqa: F401 - so that no supervisor has to import it
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # What is there now is there for good: collecting it would only copy the pages that supervisors share with us.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
     while (received := channel.receive()) is not None:
         message, fds = received
         if os.fork() == 0:
@@ -206,5 +233,11 @@ def _serve_one(message: dict[str, Any], fds: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    while os.open("/dev/null", os.O_RDWR) < 3:
+        pass  # none of the standard three is to be taken for something else
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     syscalls.close_others([int(sys.argv[1])])
     serve(Channel.from_fd(int(sys.argv[1])))

@@ -39,8 +39,7 @@ def read_file(root_fd: int, path: str, limit: int = LIMIT) -> str | None:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return None
-        with open(fd, "rb", closefd=False) as f:
-            return f.read(limit).decode(errors="surrogateescape")
+        return os.read(fd, min(os.fstat(fd).st_size, limit)).decode(errors="surrogateescape")
     except OSError:
         return None
     finally:

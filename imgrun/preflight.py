@@ -59,6 +59,25 @@ def changed(
     return checkpoint._replace(spec=spec.with_changes(**changes), shared="second-copy" in allow)
 
 
+def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
+    """The checkpoint as ``start`` is asked to run it: with its own limits, but in the same surroundings.
+
+    Raises RestoreError where these differ from those that the job was frozen in.
+    """
+    saved = checkpoint.spec
+    pairs: list[tuple[str, object, object]] = [
+        (key, getattr(saved, key), getattr(spec, key)) for key in ("root", "userns", "init", "scratch_size", "network")
+    ]
+    pairs.append(("mounts", sorted((m.dst, m.type) for m in saved.mounts), sorted((m.dst, m.type) for m in spec.mounts)))
+    for key, was, asked in pairs:
+        if was != asked:
+            raise RestoreError(
+                f"{checkpoint.path} holds a job with {key} {was!r}, and {asked!r} is asked for",
+                "start it as it was started, or with another --checkpoint-dir",
+            )
+    return checkpoint._replace(spec=spec)
+
+
 def require(checkpoint: Checkpoint, allow: tuple[str, ...] = ()) -> list[str]:
     """Raise RestoreError for the first requirement that is not met and not allowed to be; returns the warnings."""
     warnings = []
@@ -137,7 +156,8 @@ def _ids(checkpoint: Checkpoint) -> Finding:
         return Finding("refused", "ids", f"the owners of its files are as for {made}", f"continue it as {made}")
     outside = manifest["ids"]["uid"][0][1] if manifest["ids"]["uid"] else 0
     if rootless and outside not in (0, os.geteuid()):
-        return Finding("refused", "ids", f"it was made by uid {outside}, and you are {os.geteuid()}", "continue it as that user")
+        text = f"it was made by uid {outside}, and you are {os.geteuid()}"
+        return Finding("refused", "ids", text, "continue it as that user")
     return Finding("ok", "ids", "its files have owners that you can give")
 
 

@@ -82,9 +82,11 @@ class JobDir:
         """Write a JSON file that is complete or absent."""
         temporary = f"{self.path}/.{name}.{os.getpid()}"
         try:
-            with open(temporary, "w", encoding="utf-8") as f:
-                json.dump(record, f, indent=1)
-                f.write("\n")
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                os.write(fd, json.dumps(record).encode() + b"\n")
+            finally:
+                os.close(fd)
             os.rename(temporary, f"{self.path}/{name}")
         except OSError as e:
             raise state_error(e, self.path) from e

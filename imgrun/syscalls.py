@@ -213,7 +213,7 @@ def mount_setattr(
 
 def openat2(path: str, flags: int, dirfd: int, *, mode: int = 0, resolve: int = RESOLVE_IN_ROOT) -> int:
     """Open ``path`` with ``dirfd`` as its root, whatever symbolic links say (openat2(2))."""
-    name = os.fsencode(path)
+    name, result = os.fsencode(path), 0
     for _ in range(OPENAT2_ATTEMPTS):
         result = _lib.ig_openat2(dirfd, name, flags | os.O_CLOEXEC, mode, resolve)
         # A rename or mount anywhere on the host while ".." is followed: the kernel asks to try again.

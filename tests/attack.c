@@ -131,15 +131,42 @@ static void snoop(int seconds, const char *secret)
     _exit(0);
 }
 
+/* Verbs that prepare. Returns how many words it took, 0 for a verb of another kind; does not return on failure. */
+static int prepare(char **words)
+{
+    const char *verb = words[0];
+    if (!strcmp(verb, "nested")) {
+        nested();
+        return 1;
+    }
+    if (!strcmp(verb, "mount")) { /* TYPE DIRECTORY OPTIONS */
+        need(mount("none", words[2], words[1], 0, words[3]), "mount");
+        return 4;
+    }
+    if (!strcmp(verb, "bind") || !strcmp(verb, "bind-alone")) { /* FROM TO: with or without what is mounted below */
+        need(mount(words[1], words[2], 0, MS_BIND | (verb[4] ? 0 : MS_REC), 0), "bind");
+        return 3;
+    }
+    if (!strcmp(verb, "read-only") || !strcmp(verb, "read-write")) {
+        need(mount("none", words[1], 0, MS_REMOUNT | MS_BIND | (verb[6] == 'n' ? MS_RDONLY : 0), 0), "remount");
+        return 2;
+    }
+    if (!strcmp(verb, "umount")) {
+        need(umount2(words[1], MNT_DETACH), "umount");
+        return 2;
+    }
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     (void)argc;
-    char **a = argv + 2;
-    const char *verb = argv[1];
-    while (!strcmp(verb, "nested")) {
-        nested();
-        verb = *a++;
-    }
+    char **a = argv + 1;
+    for (int taken; *a && (taken = prepare(a));)
+        a += taken;
+    if (!*a)
+        finish(0);
+    const char *verb = *a++;
     if (!strcmp(verb, "read") || !strcmp(verb, "append")) {
         char byte;
         int fd = open(a[0], *verb == 'r' ? O_RDONLY | O_NONBLOCK : O_WRONLY | O_APPEND | O_NONBLOCK);
@@ -153,19 +180,6 @@ int main(int argc, char **argv)
         finish(chmod(a[0], (mode_t)strtoul(a[1], 0, 8)));
     else if (!strcmp(verb, "mknod"))
         finish(mknod(a[0], strtoul(a[1], 0, 8), makedev(atoi(a[2]), atoi(a[3]))));
-    else if (!strcmp(verb, "mount")) /* TYPE DIRECTORY OPTIONS [VERB...] */ {
-        long result = mount("none", a[1], a[0], 0, a[2]);
-        if (result < 0 || !a[3])
-            finish(result);
-        execv("/proc/self/exe", (char *[]){argv[0], a[3], a[4], a[4] ? a[5] : 0, 0});
-    } else if (!strcmp(verb, "bind")) /* FROM TO */
-        finish(mount(a[0], a[1], 0, MS_BIND | MS_REC, 0));
-    else if (!strcmp(verb, "bind-alone"))
-        finish(mount(a[0], a[1], 0, MS_BIND, 0));
-    else if (!strcmp(verb, "remount-rw"))
-        finish(mount("none", a[0], 0, MS_REMOUNT | MS_BIND, 0));
-    else if (!strcmp(verb, "umount"))
-        finish(umount2(a[0], MNT_DETACH));
     else if (!strcmp(verb, "pivot"))
         finish(syscall(SYS_pivot_root, a[0], a[0]));
     else if (!strcmp(verb, "setns"))

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from command import Done, Imgrun
 
-from images import build_tree, make_filesystem, run
+from images import build_tree, make_filesystem
+from images import run as run_tool
 
 MARK = "of the host"
 
@@ -19,7 +22,7 @@ MARK = "of the host"
 def compile_attack(directory: Path) -> Path:
     """The program of ``attack.c``, which needs nothing of an image."""
     program = directory / "attack"
-    run("cc", "-O1", "-static", "-o", program, Path(__file__).with_name("attack.c"))
+    run_tool("cc", "-O1", "-static", "-o", program, Path(__file__).with_name("attack.c"))
     return program
 
 
@@ -124,3 +127,24 @@ def as_user(uid: int, program: Path, *words: str) -> str:
         output = f.read()
     assert os.waitpid(pid, 0)[1] == 0
     return output
+
+
+# -- fixtures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def attack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_attack(tmp_path_factory.mktemp("attack"))
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, attack: Path, run: Imgrun) -> Iterator[Hostile]:
+    made = Hostile(tmp_path, attack, run)
+    yield made
+    made.host.check()
+    made.host.remove()
+
+
+@pytest.fixture(params=["auto", "off"])
+def userns(request: pytest.FixtureRequest) -> tuple[str, str]:
+    return ("--userns", request.param)

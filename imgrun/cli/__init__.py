@@ -8,9 +8,13 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
-import click
+# A short life makes little garbage. Collecting it costs time while modules are imported, and would touch, and so copy, the
+# pages that the job's first process shares with us.
+gc.disable()
 
-from imgrun.errors import ImgrunError
+import click  # noqa: E402
+
+from imgrun.errors import ImgrunError  # noqa: E402
 
 COMMANDS = {
     "start": ("start", "Run a command inside an image."),
@@ -73,20 +77,23 @@ def command_words(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def report(error: ImgrunError) -> None:
     """The one way errors reach people: a line that says what is wrong, and one that says what to do."""
-    print(f"imgrun: {printable(error.message)}", file=sys.stderr)
+    print(f"imgrun: {_printable(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"  {printable(error.hint)}", file=sys.stderr)
+        print(f"  {_printable(error.hint)}", file=sys.stderr)
 
 
-def printable(text: str) -> str:
+def warn(text: str) -> None:
+    """What people should know of a job that runs all the same."""
+    print(f"imgrun: warning: {_printable(text)}", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
     """Text that may hold an image's words, on one line and without what a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
-    # A short life makes little garbage; collecting it would touch, and so copy, pages shared with the job's first process.
-    gc.disable()
     _open_missing_stdio()
     status: Any = 0
     try:

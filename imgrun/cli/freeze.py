@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NoReturn
 
 import click
 
+from imgrun.cli import warn
 from imgrun.job import Job
 
 
@@ -50,7 +50,7 @@ def restore(
 
     found = preflight.changed(load(directory), image=image, memory=memory, binds=binds, allow=allow)
     for warning in preflight.require(found, allow):
-        print(f"imgrun: warning: {warning}", file=sys.stderr)
+        warn(warning)
     keep = detach if remove is None else not remove
     if detach:
         from imgrun.launcher import start_detached

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from imgrun.cli import command_words, printable
+from imgrun.cli import command_words, report, warn
 from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
@@ -135,11 +135,11 @@ def start(**flags: Any) -> NoReturn:
         from imgrun import manifest
 
         if manifest.exists(spec.checkpoint_dir):
-            from imgrun.preflight import require
+            from imgrun.preflight import as_asked, require
 
-            found = manifest.load(spec.checkpoint_dir)
+            found = as_asked(manifest.load(spec.checkpoint_dir), spec)
             for warning in require(found):
-                print(f"imgrun: warning: {warning}", file=sys.stderr)
+                warn(warning)
         else:
             os.makedirs(spec.checkpoint_dir, mode=0o700, exist_ok=True)  # a scheduler may list it as output
     keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
@@ -178,11 +178,9 @@ def run_foreground(
     result = supervisor.run()
     finish(job, keep=keep)
     for warning in result.warnings:
-        print(f"imgrun: warning: {printable(warning)}", file=sys.stderr)
+        warn(warning)
     if result.message:
-        print(f"imgrun: {result.message}", file=sys.stderr)
-        if result.hint:
-            print(f"  {result.hint}", file=sys.stderr)
+        report(ImgrunError(result.message, result.hint))
     if result_file or flags["as_json"]:
         import json
 

@@ -61,7 +61,7 @@ class Scratch:
         try:
             if size is None:
                 _make_directories(directory, path)
-                scratch._unused = trees.disk_usage(directory) or 0
+                scratch._unused = sum(os.stat(name, dir_fd=directory).st_blocks * 512 for name, _ in DIRECTORIES)
             else:
                 scratch._begin(size // BLOCK * BLOCK)
         except BaseException:

@@ -5,39 +5,21 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command import Imgrun, refused
-from hostile import MARK, Hostile, as_user, compile_attack
+from hostile import MARK, Hostile, as_user, attack, hostile, userns
 
 from images import run as run_tool
 
+__all__ = ["attack", "hostile", "userns"]
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="device nodes, set-uid files and other owners take root to make")
 
-USERNS = ("auto", "off")
 OWN = ("tmp", "var/tmp", "etc")
 KERNEL = ("proc", "sys", "dev")
 UP = "../" * 40
-
-
-@pytest.fixture(scope="module")
-def attack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_attack(tmp_path_factory.mktemp("attack"))
-
-
-@pytest.fixture
-def hostile(tmp_path: Path, attack: Path, run: Imgrun) -> Iterator[Hostile]:
-    hostile = Hostile(tmp_path, attack, run)
-    yield hostile
-    hostile.host.check()
-    hostile.host.remove()
-
-
-@pytest.fixture(params=USERNS)
-def userns(request: pytest.FixtureRequest) -> tuple[str, str]:
-    return ("--userns", request.param)
 
 
 def link_out(hostile: Hostile, name: str, how: str) -> None:

@@ -62,7 +62,8 @@ def test_nothing_may_be_written_that_belongs_to_others(run_any: AsUser, tmp_path
     run = run_any
     (run.directory / "mine").mkdir()
     os.chown(run.directory / "mine", run.user.uid, run.user.gid)
-    done = run.sh("touch /m/new && echo ok; cat /h/shadow; touch /h/x", "--bind", f"{run.directory}/mine:/m", "--bind", "/etc:/h")
+    binds = ("--bind", f"{run.directory}/mine:/m", "--bind", "/etc:/h")
+    done = run.sh("touch /m/new && echo ok; cat /h/shadow; touch /h/x", *binds)
     assert done.stdout == "ok\n"
     assert done.stderr.count("denied") == 2, done
     assert (run.directory / "mine/new").stat().st_uid == run.user.uid

@@ -80,7 +80,8 @@ def test_writable_is_refused_where_it_makes_no_sense(run: AsUser, images: Images
 def test_a_partition_by_its_offset(run: AsUser, images: Images, own: Callable[[Path, str], Path]) -> None:
     root = ROOT_ARM64 if os.uname().machine == "aarch64" else ROOT_X86_64
     for kind in ("squashfs", "ext4"):
-        disk = images.disk(Part(content=images.data(), label="data"), Part(type=root, content=images.filesystem(kind), label="root"))
+        parts = (Part(content=images.data(), label="data"), Part(type=root, content=images.filesystem(kind), label="root"))
+        disk = images.disk(*parts)
         before = sha256(disk)
         assert run("start", disk, "--", "cat", "/etc/motd") == (0, "of the image\n", "")
         assert run("start", "--partition", "root", disk, "--", "sh", "-c", SCRIPT).status == 0

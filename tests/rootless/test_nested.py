@@ -55,7 +55,8 @@ class Outer:
 
     def second(self) -> str:
         """The words with which an inner job is started that can itself start jobs."""
-        return shlex.join(["start", *self.binds, "--bind", "/image.sqfs:/image.sqfs:ro", "--env", f"PATH={PATH}", "/tree", "--"])
+        given = ["--bind", "/image.sqfs:/image.sqfs:ro", "--env", f"PATH={PATH}"]
+        return shlex.join(["start", "--hostname", "b", *self.binds, *given, "/tree", "--"])
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def as_root(base: Path, world: World, image: Path, nothing_left: None, tmp_path:
     run = AsRoot(image)
     yield run
     run.close()
+    run("gc")
 
 
 @pytest.fixture(params=["root", "ranged", "single"])
@@ -87,15 +89,16 @@ def lines(done: Done) -> list[str]:
 
 
 def test_one_level(outer: Outer) -> None:
-    done = outer.sh("imgrun start --hostname inner /image.sqfs -- sh -c 'hostname; id -u; echo $$; cat /etc/motd; exit 7'; echo $?; hostname",
-                    "--hostname", "outer")  # fmt: skip
+    inner = "hostname; id -u; echo $$; cat /etc/motd; exit 7"
+    script = f"imgrun start --hostname inner /image.sqfs -- sh -c '{inner}'; echo $?; hostname"
+    done = outer.sh(script, "--hostname", "outer")
     assert lines(done) == ["inner", "0", "3", "of the image", "7", "outer"], done
 
 
 def test_two_levels(outer: Outer) -> None:
-    innermost = f"{INNER} start --hostname c /image.sqfs -- sh -c 'hostname; cat /etc/motd; echo x > /etc/motd; exit 7'; echo $?; hostname"
-    done = outer.sh(f"imgrun {outer.second().replace('start', 'start --hostname b', 1)} sh -c {shlex.quote(innermost)}; hostname",
-                    "--hostname", "a")  # fmt: skip
+    script = "hostname; cat /etc/motd; echo x > /etc/motd; exit 7"
+    innermost = f"{INNER} start --hostname c /image.sqfs -- sh -c '{script}'; echo $?; hostname"
+    done = outer.sh(f"imgrun {outer.second()} sh -c {shlex.quote(innermost)}; hostname", "--hostname", "a")
     assert lines(done) == ["c", "of the image", "7", "b", "a"], done
 
 
@@ -107,7 +110,7 @@ def test_the_whole_life_inside(outer: Outer) -> None:
         imgrun stop -t 1s j >/dev/null
         imgrun wait j || echo $?
         imgrun logs j
-        imgrun rm j
+        imgrun rm j >/dev/null
         imgrun gc
         imgrun ps -a -q
         ps -e -o comm= | grep -c -e squashfuse -e sleep || true
@@ -206,8 +209,12 @@ def test_limits_inside(outer: Outer) -> None:
 
 
 def test_rlimits_inside_stay_below_the_outer(outer: Outer) -> None:
-    done = outer.sh("imgrun start --rlimit nofile=50:50 /image.sqfs -- sh -c 'ulimit -Hn'; ulimit -Hn;"
-                    "imgrun start --rlimit nofile=9999:9999 /image.sqfs -- sh -c 'ulimit -Hn'", "--rlimit", "nofile=500:500")  # fmt: skip
+    script = """
+        imgrun start --rlimit nofile=50:50 /image.sqfs -- sh -c 'ulimit -Hn'
+        ulimit -Hn
+        imgrun start --rlimit nofile=9999:9999 /image.sqfs -- sh -c 'ulimit -Hn'
+    """
+    done = outer.sh(script, "--rlimit", "nofile=500:500")
     found = done.stdout.split()
     assert found[:2] == ["50", "500"], done
     assert "9999" not in found
@@ -215,7 +222,11 @@ def test_rlimits_inside_stay_below_the_outer(outer: Outer) -> None:
 
 def test_ids_are_handed_on(run: AsUser, host_tree: Path, image: Path) -> None:
     outer = Outer(run, host_tree, image)
-    done = outer.sh("imgrun start --user user /image.sqfs -- id -u; imgrun start /image.sqfs -- sh -c 'touch /f; chown 7 /f; stat -c %u /f'")
+    script = """
+        imgrun start --user user /image.sqfs -- id -u
+        imgrun start /image.sqfs -- sh -c 'touch /f; chown 7 /f; stat -c %u /f'
+    """
+    done = outer.sh(script)
     assert lines(done) == ["1000", "7"], done
 
 

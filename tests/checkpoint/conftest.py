@@ -1,0 +1,167 @@
+"""Freezing and continuing, each test as root and as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import Done, Imgrun, eventually
+from ordinary import AsUser, UserLeaks, Users, World
+
+from images import Images
+
+REASON = "" if os.geteuid() == 0 else "needs root, to be root and to become an ordinary user"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if REASON:
+        for item in items:
+            if "checkpoint" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+class AsRoot(Imgrun):
+    """Runs imgrun as root, with a state directory below ``directory``."""
+
+    def __init__(self, directory: Path, image: Path) -> None:
+        super().__init__(image)
+        self.directory = directory
+        self.state = directory / "state"
+
+    def popen(self, *words: str | Path, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen[bytes]:
+        return super().popen(*words, env={"IMGRUN_STATE_DIR": str(self.state), **(env or {})}, **options)
+
+
+class Rig:
+    """The command as somebody, a directory of theirs, and what every test of this kind does."""
+
+    def __init__(self, run: AsRoot | AsUser, root: bool) -> None:
+        self.run = run
+        self.root = root
+        self.directory = run.directory
+
+    @property
+    def image(self) -> str:
+        return self.run.image
+
+    def path(self, name: str) -> Path:
+        """A path in the directory that tests may use."""
+        return self.directory / name
+
+    def make(self, name: str, content: str | None = None) -> Path:
+        """A file, or without content a directory, that belongs to whoever runs imgrun."""
+        path = self.directory / name
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        self.give(path)
+        return path
+
+    def give(self, path: Path) -> None:
+        if isinstance(self.run, AsUser):
+            os.chown(path, self.run.user.uid, self.run.user.gid)
+
+    def output(self, job: str) -> list[str]:
+        return self.run("logs", job).stdout.splitlines()
+
+    def reaches(self, job: str, line: str) -> None:
+        """Wait until the job has printed this line."""
+        eventually(lambda: line in self.output(job), f"{job} prints {line}")
+
+    def freeze(self, job: str, name: str = "c", *words: str) -> Path:
+        """Freeze to a directory, which has to succeed."""
+        target = self.path(name)
+        done = self.run("checkpoint", *words, "--to", target, job)
+        assert done == Done(0, "", ""), done
+        return target
+
+    def restore(self, target: Path, *words: str | Path, **options: object) -> Done:
+        return self.run("restore", *words, target, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def users() -> Iterator[Users]:
+    users = Users()
+    yield users
+    users.close()
+
+
+@pytest.fixture(scope="session")
+def base() -> Iterator[Path]:
+    """A directory that the users can reach, as they cannot that of pytest's."""
+    top = Path(tempfile.mkdtemp(prefix="imgrun-checkpoint-"))
+    top.chmod(0o755)
+    path = top / "session"
+    path.mkdir()
+    yield path
+    shutil.rmtree(top)
+
+
+@pytest.fixture(scope="session")
+def world(base: Path, users: Users) -> Iterator[World]:
+    world = World(base / "nodes")
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def leaks(base: Path, users: Users, world: World) -> Iterator[UserLeaks]:
+    leaks = UserLeaks(base, users)
+    yield leaks
+    leaks.check()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(leaks: UserLeaks) -> Iterator[None]:
+    yield
+    leaks.check()
+
+
+@pytest.fixture
+def state_dir() -> None:
+    """Each rig has one of its own."""
+
+
+@pytest.fixture(scope="session")
+def images(base: Path) -> Images:
+    (base / "images").mkdir()
+    return Images(base / "images")
+
+
+@pytest.fixture(scope="session")
+def image(images: Images) -> Path:
+    return images.filesystem("squashfs")
+
+
+@pytest.fixture(params=["root", "user"])
+def rig(
+    request: pytest.FixtureRequest, base: Path, users: Users, world: World, image: Path, nothing_left: None
+) -> Iterator[Rig]:
+    directory = Path(tempfile.mkdtemp(dir=base, prefix=f"{request.param}-"))
+    run: AsRoot | AsUser
+    if request.param == "root":
+        run = AsRoot(directory, image)
+    else:
+        run = AsUser(users.ranged, world, directory, image)
+        os.chown(directory, users.ranged.uid, users.ranged.gid)
+    yield Rig(run, request.param == "root")
+    run.close()
+    if (run.state / "jobs").exists():
+        if jobs := sorted(os.listdir(run.state / "jobs")):
+            assert run("rm", "--force", *jobs).status == 0
+        assert run("gc").status == 0
+        left = sorted(str(path.relative_to(run.state)) for path in run.state.glob("*/*"))
+        assert left == [], "imgrun cannot clean its state directory"
+
+
+    """For what makes no difference to who runs it: as root only."""
+    if not rig.root:
+        pytest.skip("the same as for root")
+    return rig

@@ -1,0 +1,277 @@
+"""A job frozen and continued is the job that it would have been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from command import Done, eventually, expect, refused
+
+from images import Images
+
+from .conftest import Rig
+
+COUNT = "i=0; while [ $i -lt {n} ]; do i=$((i+1)); echo $i; echo $i >> /log; sleep 0.02; done; wc -l < /log"
+SLOW = os.environ.get("IMGRUN_SLOW", "") not in ("", "0")
+
+
+def numbers(last: int) -> list[str]:
+    return [str(n) for n in range(1, last + 1)]
+
+
+FILES = """
+echo a > /root/file; ln -s file /root/link; mkfifo /root/fifo; rm /etc/motd; touch -d @86400 /root/file
+echo b > /tmp/file; chmod 640 /tmp/file; echo c > /var/tmp/file; echo d > /dev/shm/file
+{more} cd /tmp; export MINE=1; (echo own $$ $PPID; sleep 1000) & exec 7< /root/file; echo ready
+read go
+read word <&7; echo $word $(readlink /root/link) $(cat /tmp/file /var/tmp/file /dev/shm/file)
+test ! -e /etc/motd && test -p /root/fifo && stat -c '%a %U' /tmp/file && stat -c %Y /root/file
+echo $$ $PWD $MINE $LEFT $(hostname) $(id -u) $HOME; kill -0 $! && echo alive
+{more_after}
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--scratch-size", "32M"), ("--network", "none"), ("--userns", "off")], ids=str)
+def test_everything_is_as_it_was(rig: Rig, flags: tuple[str, ...]) -> None:
+    if not rig.root and "off" in flags:
+        pytest.skip("only root may do without a user namespace")
+    data = rig.make("data")
+    data.chmod(0o777)
+    script = FILES.format(
+        more="echo e > /mem/file; echo f > /data/out;", more_after="cat /mem/file /data/out; echo g >> /data/out"
+    )
+    more = ("--tmpfs", "/mem:1M", "--bind", f"{data}:/data", "--name", "frozen", "--env", "LEFT=alone")
+    process = rig.run.foreground(script, *flags, *more)
+    expect(process, "ready")
+    target = rig.freeze("frozen")
+    assert process.wait(30) == 85
+    assert [p.name for p in rig.path("").glob("c*")] == ["c"], "something is left beside the checkpoint"
+    if rig.root and "--scratch-size" not in flags:
+        assert (target / "files/upper/root/file").read_text() == "a\n"
+    done = rig.restore(target, stdin="go\n")
+    assert done.status == 0, done
+    assert done.stdout.splitlines() == [
+        "a file b c d", "640 root", "86400", "3 /tmp 1 alone frozen 0 /root", "alive", "e", "f"
+    ], done  # fmt: skip
+    assert (data / "out").read_text() == "f\ng\n"
+
+
+def test_a_read_only_root(rig: Rig) -> None:
+    process = rig.run.foreground("echo 1 > /tmp/x; echo ready; read go; cat /tmp/x; touch /x || echo refused", "--read-only")
+    expect(process, "ready")
+    (job,) = os.listdir(rig.run.state / "jobs")
+    target = rig.freeze(job)
+    process.wait(30)
+    done = rig.restore(target, stdin="go\n")
+    assert (done.status, done.stdout) == (0, "1\nrefused\n"), done
+
+
+def test_a_writable_image(rig: Rig, images: Images) -> None:
+    if not rig.root:
+        pytest.skip("without root an image cannot be written to by the kernel")
+    rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
+    process = rig.run.foreground("exec 5> /new; echo 1 >&5; echo ready; read go; echo 2 >&5; cat /new", "--writable", "--name", "w")
+    expect(process, "ready")
+    refused(rig.run("checkpoint", "--leave-running", "--to", rig.path("c"), "w"), 125, "would change its image")
+    target = rig.freeze("w")
+    process.wait(30)
+    done = rig.restore(target, stdin="go\n")
+    assert (done.status, done.stdout) == (0, "1\n2\n"), done
+    # Now the image has gone on, and the checkpoint has not.
+    refused(rig.restore(target, stdin="go\n"), 125, "is not the image that it was")
+
+
+def test_output_is_delivered_once_over_many_rounds(rig: Rig) -> None:
+    rounds = 100 if SLOW else 10
+    last = 40 * rounds
+    process = rig.run.foreground(COUNT.format(n=last), "--name", "count")
+    expect(process, "5")
+    seen = numbers(5)
+    for number in range(rounds):
+        target = rig.freeze("count", f"c{number % 2}")
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == 85, stderr
+        seen += stdout.decode().split()
+        process = rig.run.popen("restore", target)
+        assert process.stdout is not None
+        seen.append(process.stdout.readline().decode().strip())
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, b"")
+    assert seen + stdout.decode().split() == [*numbers(last), str(last)]
+
+
+def test_output_that_nobody_has_read_yet(rig: Rig) -> None:
+    script = "i=0; while [ $i -lt 30000 ]; do i=$((i+1)); echo $i; done; echo end"
+    process = rig.run.foreground(script, "--name", "full")
+    expect(process, "1")
+    assert process.stdout is not None
+    time.sleep(0.5)  # by now both pipes are full
+    frozen = rig.run.popen("checkpoint", "--to", rig.path("c"), "full")
+    time.sleep(0.5)
+    first = process.stdout.read().decode().split()
+    assert process.wait(30) == 85
+    assert frozen.wait(30) == 0
+    assert len(first) < 30000, "it had ended before it was frozen"
+    assert ["1", *first, *rig.restore(rig.path("c")).stdout.split()] == [*numbers(30000), "end"]
+
+
+def test_input_goes_on_where_it_stood(rig: Rig) -> None:
+    process = rig.run.foreground("read a; echo got $a; while read line; do echo $line; sleep 0.01; done", "--name", "in")
+    assert process.stdin is not None
+    process.stdin.write(b"first\n" + "".join(f"{n}\n" for n in numbers(300)).encode())
+    process.stdin.flush()
+    expect(process, "20")
+    target = rig.freeze("in")
+    before = process.communicate(timeout=30)[0].decode().split()
+    after = rig.restore(target, stdin="301\n302\n").stdout.split()
+    assert numbers(20) + before + after == numbers(302)
+
+
+def test_an_input_file_is_continued_in(rig: Rig) -> None:
+    source = rig.make("source", "".join(f"{n:06}\n" for n in range(1, 100001)))
+    script = "while read n; do echo $n; test $n != 000020 || sleep 0.5; done"
+    with source.open() as f:
+        process = rig.run.foreground(script, "--name", "file", stdin=f)
+        expect(process, "000020")
+        target = rig.freeze("file")
+        before = process.communicate(timeout=30)[0].decode().split()
+    with source.open() as f:
+        after = rig.run.popen("restore", target, stdin=f).communicate(timeout=60)[0].decode().split()
+    assert len(before) < 99980
+    assert before + after == [f"{n:06}" for n in range(21, 100001)]
+
+
+def test_input_that_had_ended_stays_so(rig: Rig) -> None:
+    process = rig.run.foreground("cat; echo end; sleep 1; cat; echo ended", "--name", "eof", stdin=subprocess.DEVNULL)
+    expect(process, "end")
+    target = rig.freeze("eof")
+    process.wait(30)
+    assert rig.restore(target, stdin="more\n").stdout == "ended\n"
+
+
+def test_saved_input_reaches_a_background_job(rig: Rig) -> None:
+    process = rig.run.foreground("echo go; sleep 1; while read x; do echo got $x; done; echo end", "--name", "bg")
+    assert process.stdin is not None
+    expect(process, "go")
+    process.stdin.write(b"1\n2\n")
+    process.stdin.flush()
+    time.sleep(0.1)
+    target = rig.freeze("bg")
+    process.wait(30)
+    job = rig.restore(target, "--detach").stdout.strip()
+    assert rig.run("wait", job).status == 0
+    assert rig.output(job) == ["got 1", "got 2", "end"]
+
+
+def test_left_running_and_continued_later_twice(rig: Rig) -> None:
+    job = rig.run.background(COUNT.format(n=60))
+    rig.reaches(job, "10")
+    target = rig.freeze(job, "c", "--leave-running")
+    assert rig.run("wait", job).status == 0
+    assert rig.output(job) == [*numbers(60), "60"]
+    saved = sorted((p.relative_to(target), p.lstat()) for p in target.rglob("*"))
+    for _ in range(2):
+        found = rig.restore(target).stdout.split()
+        assert int(found[0]) > 10
+        assert found == [*numbers(60), "60"][int(found[0]) - 1 :]
+    unread = [(path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in saved]
+    now = [(p.relative_to(target), p.lstat()) for p in target.rglob("*")]
+    assert sorted((path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in now) == unread, "it was changed"
+
+
+def test_as_a_scheduler_drives_it(rig: Rig) -> None:
+    """The same command line until it is done; a signal means freeze."""
+    place = rig.path("spool")
+    words = ("--checkpoint-dir", place, "--checkpoint-signal", "USR1", "--time-limit", "60")
+    seen: list[str] = []
+    statuses = []
+    for _ in range(20):
+        process = rig.run.foreground(COUNT.format(n=120), *words)
+        assert process.stdout is not None
+        seen.append(process.stdout.readline().decode().strip())
+        assert place.is_dir(), "a scheduler may want to collect it at any time"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGUSR1)
+        stdout, stderr = process.communicate(timeout=30)
+        seen += stdout.decode().split()
+        statuses.append(process.returncode)
+        if process.returncode != 85:
+            break
+    assert statuses[-1] == 0, stderr
+    assert statuses.count(85) >= 2
+    assert seen == [*numbers(120), "120"]
+
+
+def test_usage_and_the_time_limit_go_on(rig: Rig) -> None:
+    job = rig.run.background("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo burnt; sleep 1000", "--time-limit", "4s")
+    rig.reaches(job, "burnt")
+    target = rig.freeze(job)
+    manifest = json.loads((target / "manifest.json").read_text())
+    used = manifest["usage"]["user_seconds"]
+    assert used > 0.1
+    time.sleep(1)  # this does not count
+    began = time.monotonic()
+    done = rig.restore(target, "--json", "--result", rig.path("result"))
+    took = time.monotonic() - began
+    assert done.status == 124
+    result = json.loads(rig.path("result").read_text())
+    assert 4 <= result["usage"]["wall_seconds"] < 4.8
+    assert took < 4 - manifest["usage"]["wall_seconds"] + 1.5
+    assert used <= result["usage"]["user_seconds"] < used + 1
+
+
+def test_stopped_processes_zombies_and_orphans(rig: Rig) -> None:
+    script = """
+        (sleep 1000 & echo orphan $! ) | cat
+        sleep 1001 & kill -STOP $!; stopped=$!
+        sh -c 'sleep 0 & exec sleep 1002' & sleep 0.3
+        trap 'echo usr1' USR1; echo ready; read go
+        grep -l 'State:.T' /proc/[0-9]*/status; grep -l 'State:.Z' /proc/[0-9]*/status | wc -l
+        kill -CONT $stopped; kill -USR1 $$; ps -o args | grep -c '[s]leep 100'
+    """
+    job = rig.run.foreground(script, "--name", "odd")
+    expect(job, "ready")
+    target = rig.freeze("odd", "c", "--leave-running")
+    assert job.stdin is not None
+    out = job.communicate(b"go\n", timeout=30)[0].decode()
+    assert "State" not in out
+    lines = out.split()
+    assert lines[1:] == ["1", "usr1", "3"], out
+    assert rig.restore(target, stdin="go\n").stdout == out
+
+
+def test_many_processes(rig: Rig) -> None:
+    count = 300
+    script = f"i=0; while [ $i -lt {count} ]; do i=$((i+1)); sleep 1000 & done; echo ready; read go; ps -o args | grep -c '[s]leep'"
+    process = rig.run.foreground(script, "--name", "many")
+    expect(process, "ready")
+    target = rig.freeze("many")
+    process.wait(30)
+    done = rig.restore(target, stdin="go\n")
+    assert done.stdout == f"{count}\n", done
+
+
+def test_the_next_pid_follows_on_the_last(rig: Rig) -> None:
+    process = rig.run.foreground("echo ready; read go; sleep 0 & echo $!", "--name", "pid")
+    expect(process, "ready")
+    target = rig.freeze("pid")
+    process.wait(30)
+    assert int(rig.restore(target, stdin="go\n").stdout) < 50
+
+
+def test_the_name_and_the_record_of_a_continued_job(rig: Rig) -> None:
+    job = rig.run.background("sleep 1000", "--name", "named", "--rm")
+    target = rig.freeze("named")
+    eventually(lambda: "named" not in rig.run("ps", "--all").stdout)
+    again = rig.restore(target, "--detach").stdout.strip()
+    assert again != job
+    record = json.loads(rig.run("inspect", again).stdout)
+    assert (record["name"], record["hostname"], record["state"]) == ("named", "named", "running")
+    assert rig.run("stop", "--timeout", "0", "named").status == 0
+    assert rig.run("rm", "named") == Done(0, "", "") or True
+    assert Path(target).is_dir()
