@@ -69,7 +69,8 @@ def build_plan(
         ops += [m.Protect(path) for path in READONLY_PATHS]
     ops += [m.FromScratch("tmp", "/tmp"), m.FromScratch("var-tmp", "/var/tmp")]
     if spec.init == "image":
-        ops.append(m.Tmpfs("/run", mode=0o755))
+        # What systemd would mount if it could; it takes what is there.
+        ops += [m.Tmpfs("/run", mode=0o755), m.Tmpfs("/run/lock", size=5 << 20)]
     etc: list[m.Operation] = [
         m.EtcFile("hostname", f"{hostname}\n".encode()),
         m.EtcFile("hosts", hosts_file(hostname)),

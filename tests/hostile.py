@@ -38,6 +38,8 @@ class Host:
             (path / name).mkdir(parents=True)
         for name in ("hosts", "hostname", "resolv.conf", "passwd"):
             (path / "etc" / name).write_text(MARK)
+            (path / "etc" / name).chmod(0o666)
+        (path / "data").chmod(0o777)
         self._before = self.snapshot()
 
     def snapshot(self) -> dict[str, tuple[object, ...]]:

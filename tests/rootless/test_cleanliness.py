@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import eventually, expect, kill
+from command import eventually, expect, kill, refused
 from leaks import read
 from ordinary import AsUser, has_route
 
@@ -172,3 +173,22 @@ def test_a_failed_start(run: AsUser, images: Images) -> None:
         attempt()
         assert list(run.state.glob("*/*")) == []
         assert run.processes() == []
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "server"])
+def test_a_writer_that_is_killed_leaves_an_image_that_says_so(run: AsUser, images: Images, victim: str) -> None:
+    """Nobody runs from, or writes into, what may be damaged; after a repair it can be used again."""
+    image = images.copy(images.filesystem("ext4"), run.directory / "w.img")
+    os.chown(image, run.user.uid, run.user.gid)
+    script = "for i in $(seq 50); do mkdir /d$i; echo $i > /d$i/f; done; echo ready; while :; do echo x > /d1/f; done"
+    process = run.popen("start", "--writable", image, "--", "sh", "-c", script)
+    expect(process, "ready")
+    kill(process.pid if victim == "supervisor" else run.processes("fuse2fs")[0])
+    process.wait(30)
+    gone(run)
+    for flags in ((), ("--writable",)):
+        done = run("start", *flags, image, "--", "true")
+        refused(done, 125, str(image), "not clean")
+        assert "e2fsck" in done.stderr
+    assert subprocess.run(["e2fsck", "-fy", image], capture_output=True, check=False).returncode in (0, 1, 2)
+    assert run("start", image, "--", "cat", "/etc/motd").stdout == "of the image\n"

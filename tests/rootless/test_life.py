@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command import Done, eventually, expect, refused
-from ordinary import AsUser
+from ordinary import PATH, AsUser
 
 ONE_ID = "no subordinate ids"
 
@@ -179,3 +179,22 @@ def test_best_effort_makes_warnings_of_them(run: AsUser) -> None:
 def test_rlimits(run_any: AsUser) -> None:
     done = run_any.sh("ulimit -Sn; ulimit -Hn", "--rlimit", "nofile=100:200")
     assert done.stdout.split() == ["100", "200"]
+
+
+def test_the_usual_places(run: AsUser) -> None:
+    """With no more than HOME known: state in ~/.local/state, or where XDG_STATE_HOME says."""
+    there = str(run.directory)
+    for env, place in (({"HOME": there}, ".local/state/imgrun"), ({"XDG_STATE_HOME": there}, "imgrun")):
+        run.environment = lambda env=env: {"PATH": PATH, "HOME": run.user.home, **env}  # type: ignore[method-assign,misc]
+        job = run.background("sleep 60")
+        assert os.listdir(run.directory / place / "jobs") == [job]
+        assert (run.directory / place).stat().st_mode & 0o777 == 0o700
+        assert run("rm", "--force", job).status == 0
+        assert list((run.directory / place).glob("*/*")) == []
+
+
+def test_dry_run_needs_and_changes_nothing(run: AsUser) -> None:
+    done = run.start("--dry-run", "--", "true")
+    assert done.status == 0, done
+    assert run.image in done.stdout
+    assert not run.state.exists()
