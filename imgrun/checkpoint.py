@@ -187,7 +187,7 @@ class _Saving:
             if waiting:
                 with open(f"{self.building}/stdin", "wb") as f:
                     f.write(waiting)
-        count = census(self._descriptors["pid"])
+        count = census(self._descriptors["pid"], criu.first_pid())
         self.manifest["last_pid"] = count.largest
         self.manifest["processes"] = count.processes
         usage = self.subject.usage()

@@ -151,7 +151,7 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             if before is not None:
                 before()
             tell, told = os.pipe2(os.O_CLOEXEC)
-            child = sc.clone(0, pid=_criu_pid())
+            child = sc.clone(0, pid=first_pid())
             if child == 0:
                 _become_criu(site, criu_end, told)
             os.close(told)
@@ -186,7 +186,8 @@ def _attach(mount: int, place: str) -> None:
     os.close(dev)
 
 
-def _criu_pid() -> int:
+def first_pid() -> int:
+    """CRIU's own pid in the job; its children have the following ones."""
     with open("/proc/sys/kernel/pid_max", "rb") as f:
         return max(int(f.read()) - BELOW_LAST_PID, 1000)
 

@@ -275,6 +275,7 @@ def _collect_one(job: JobDir) -> None:
     live = job.read("state.json")
     _end_init(live)
     remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
+    remove_tree(f"{job.path}/scratch")  # first: on a full disk the record needs the room
     keep = bool(job.read("job.json").get("keep"))
     if keep and not job.read("result.json"):
         spec = job.read("spec.json")

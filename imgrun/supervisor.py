@@ -24,6 +24,7 @@ from imgrun.relay import Pump, Relay, Terminal, set_nonblocking
 from imgrun.result import Reason, Result, Usage
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir, now, process_start
+from imgrun.storage.trees import remove_tree
 
 if TYPE_CHECKING:
     from imgrun.freezing import Freezing
@@ -109,10 +110,18 @@ class Supervisor:
                 raise
         finally:
             self._clean_up()
-        self.job.write("result.json", result.to_dict())
-        last = {"state": "finished", "reason": result.reason, "finished_at": result.finished_at}
-        self.job.write("state.json", self.job.read("state.json") | last)
+        self._write_down(result)
         return result
+
+    def _write_down(self, result: Result) -> None:
+        """Keep the record with the job. What the job wrote goes first, lest a disk that it has filled has no room."""
+        try:
+            remove_tree(f"{self.job.path}/scratch")
+            self.job.write("result.json", result.to_dict())
+            last = {"state": "finished", "reason": result.reason, "finished_at": result.finished_at}
+            self.job.write("state.json", self.job.read("state.json") | last)
+        except ImgrunError as e:
+            result.warnings = (*result.warnings, f"the job's record is lost: {e.message}")
 
     def _catch_signals(self) -> None:
         """Turn signals into bytes of a pipe that the loop reads; none is acted on in between."""

@@ -57,11 +57,13 @@ def members(pid_namespace: int) -> Iterator[tuple[int, int]]:
                 continue
 
 
-def census(pid_namespace: int) -> Census:
-    """Count what is in a PID namespace. Times as of proc(5), stat: utime, stime, cutime, cstime."""
+def census(pid_namespace: int, below: int) -> Census:
+    """Count what has a pid less than ``below`` in a PID namespace. Times as of proc(5): utime, stime, cutime, cstime."""
     pids = []
     user = system = 0
     for pid, inside in members(pid_namespace):
+        if inside >= below:
+            continue
         try:
             with open(f"/proc/{pid}/stat", "rb") as f:
                 fields = f.read().rpartition(b")")[2].split()
