@@ -15,18 +15,20 @@ from imgrun.checkpoint import copy_tree, directory_mount, no_name_service, toolb
 from imgrun.errors import CheckpointError, RestoreError
 from imgrun.isolation import namespaces
 from imgrun.manifest import Checkpoint
+from imgrun.storage.scratch import Scratch
 from imgrun.storage.trees import remove_tree
 
 TAIL = 64 << 10
 
 
-def put_files_back(checkpoint: Checkpoint, scratch: str) -> None:
+def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
     """Fill the scratch of the new job with the files of the checkpoint, which keeps its own."""
+    scratch.adopt()
     for name in checkpoint.manifest["layers"]:
         if name != "scratch.img":
-            remove_tree(f"{scratch}/{name}")
+            remove_tree(f"{scratch.path}/{name}")
         try:
-            copy_tree(f"{checkpoint.path}/files/{name}", f"{scratch}/{name}")
+            copy_tree(f"{checkpoint.path}/files/{name}", f"{scratch.path}/{name}")
         except CheckpointError as e:
             raise RestoreError(e.message, e.hint) from e
 

@@ -346,6 +346,10 @@ KNOWN = (
 """What lines of CRIU's log mean to a person."""
 
 
+HARMLESS = ("net: Unexpected error: -1", "can't get apparmor", "Can't open /proc/sys/net/")
+"""What CRIU logs as errors while it finds out what the kernel can do."""
+
+
 def explain(log: str, said: str = "") -> str:
     """The cause of a failure in one sentence: from what CRIU logged as errors, the first, since the rest follows from it.
 
@@ -356,6 +360,7 @@ def explain(log: str, said: str = "") -> str:
             errors = [line.rstrip() for line in f if "Error" in line or "Err " in line]
     except OSError:
         return said or "it left no log"
+    errors = [line for line in errors if not any(word in line for word in HARMLESS)]
     for mark, meaning in KNOWN:
         for line in errors:
             if mark in line:

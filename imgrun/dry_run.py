@@ -22,7 +22,7 @@ def describe(spec: JobSpec) -> list[str]:
         spec, hostname=hostname, base_sources=[*sources], cgroup_views=(("", "DIR"),), owner=None,
         host_ids=spec.userns == "off",
     )
-    asked = [f"{key}={value}" for key, value in spec.limits()._asdict().items() if value]
+    asked = [f"{key}={value}" for key, value in spec.limits()._asdict().items() if value not in (None, ())]
     kinds = ["mount", "PID", "UTS", "IPC", "cgroup"]
     if spec.userns == "auto":
         kinds.insert(0, "user")

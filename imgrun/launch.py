@@ -112,7 +112,7 @@ class Launch:
 
             held = self.checkpoint.hold()
             self._undo.append(lambda: os.close(held))
-            put_files_back(self.checkpoint, scratch.path)
+            put_files_back(self.checkpoint, scratch)
         self.scratch = scratch
         self.mark("scratch")
         base: list[Source] = [root, ScratchDir(scratch, self._scratch_size), Shim(init_shim.program())]
@@ -388,20 +388,21 @@ class Launch:
         os.mkdir(work, 0o700)
         try:
             restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio, work)
-        except RestoreError:
-            self._keep_log(f"{work}/criu.log")
-            raise
+        except RestoreError as e:
+            raise RestoreError(e.message, self._keep_log(f"{work}/criu.log")) from e
         finally:
             for fd in join:
                 os.close(fd)
         self.mark("processes restored")
 
-    def _keep_log(self, path: str) -> None:
-        """The job's directory goes with its failed start; why it failed shall stay."""
+    def _keep_log(self, path: str) -> str:
+        """The job's directory goes with its failed start; why it failed shall stay. Returns where to look."""
+        kept = f"{self.job.root.path}/restore.log"
         try:
-            os.rename(path, f"{self.job.root.path}/restore.log")
+            os.rename(path, kept)
         except OSError:
-            pass
+            return "CRIU wrote no log"
+        return f"its log is {kept}"
 
     # -- while it runs and after --------------------------------------------------------------------------------------
 

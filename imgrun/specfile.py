@@ -49,12 +49,17 @@ def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
     for key in ("tty",):
         if key in given and not isinstance(given[key], bool):
             raise SpecError(f"{path}: {key} must be true or false", f"write {key} = true")
-    if "stop_signal" in given:
-        from imgrun.signals import parse_signal
+    for key in ("stop_signal", "checkpoint_signal"):
+        if key in given:
+            from imgrun.signals import parse_signal
 
-        given["stop_signal"] = parse_signal(str(given["stop_signal"]))
+            given[key] = parse_signal(str(given[key]))
+    if "checkpoint_dir" in given:
+        given["checkpoint_dir"] = _beside(path, str(given["checkpoint_dir"]))
     if "image" in given:
-        given["image"] = _beside(path, given["image"])
+        # A name of the configuration stays a name; paths are relative to the file.
+        beside = _beside(path, given["image"])
+        given["image"] = beside if "/" in given["image"] or os.path.lexists(beside) else given["image"]
     env = _table(data, "env", path)
     for key, value in env.items():
         if isinstance(value, (dict, list)):

@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         status = cli.main(argv, prog_name="imgrun", standalone_mode=False)
     except click.ClickException as e:
         # imgrun's own failures are 125, so that they are told from the command's exit codes.
-        hint = f"imgrun {e.ctx.info_name} --help" if isinstance(e, click.UsageError) and e.ctx and e.ctx.parent else None
-        report(ImgrunError(e.format_message(), f"see '{hint}'" if hint else "see 'imgrun --help'"))
+        where = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "imgrun"
+        report(ImgrunError(e.format_message(), f"see '{where} --help'"))
         status = 125
     except click.exceptions.Exit as e:
         status = e.exit_code

@@ -72,9 +72,10 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def inspect(path: str, partition: str | None, as_json: bool) -> None:
     """Show format, partitions, operating system, architecture and size, and whether IMAGE can run on this host."""
+    from imgrun.config import image_path
     from imgrun.image import inspect as look
 
-    record = look(path, partition)
+    record = look(image_path(path), partition)
     if as_json:
         print(json.dumps(record, indent=1))
         return

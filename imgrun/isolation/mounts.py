@@ -285,7 +285,7 @@ class Given(Operation):
         self.what = what
 
     def describe(self) -> str:
-        return f"attach {self.what} at {self.target}"
+        return f"attach {self.what}"
 
     def execute(self, ctx: Context) -> None:
         fd = ctx.fds[self.key]

@@ -67,8 +67,9 @@ def directory(fd: int, *, read_only: bool, nosuid: bool = False) -> int:
         except OSError as e:
             if e.errno != errno.EINVAL:
                 raise
-            # In a user namespace, what is mounted below may not be taken off.
-            mount = sc.clone_mount(fd, recursive=True)
+            raise ImageFormatError(
+                "a directory with mounts below it can be the image of root's jobs only", "choose a directory without"
+            ) from e
     except OSError as e:
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PrivilegeError("the caller may not mount directories", "run imgrun as root") from e

@@ -69,6 +69,12 @@ class Scratch:
             raise
         return scratch
 
+    def adopt(self) -> None:
+        """Make no file system: that of an earlier scratch is put into the file, or its directories in place of ours."""
+        if self._format is not None:
+            self._format.abandon()
+            self._format = None
+
     def mount(self) -> int:
         """A new detached mount of the scratch, as a descriptor. It was never attached, so it may be id-mapped.
 

@@ -460,12 +460,13 @@ def test_who_enters_cannot_be_looked_into(hostile: Hostile, userns: tuple[str, s
 
 def test_a_job_does_not_run_the_programs_of_its_image_as_the_host(hostile: Hostile, userns: tuple[str, str]) -> None:
     """Neither Python modules nor libraries are searched for in the image by the processes that enter it."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for place in (f"usr/lib/{version}", "usr/lib/python3/dist-packages", "lib/x86_64-linux-gnu", "usr/lib"):
-        directory = hostile.tree / place
+    evil = hostile.tree / "evil.py"
+    evil.write_text("open('/tmp/owned', 'w')\n")
+    for place in filter(None, sys.path):
+        directory = hostile.tree / place.lstrip("/")
         directory.mkdir(parents=True, exist_ok=True)
-        for name in ("resource", "json", "struct", "termios", "tty", "fcntl", "signal", "traceback"):
-            (directory / f"{name}.py").write_text("open('/tmp/owned', 'w')\n")
+        for name in sys.stdlib_module_names:
+            os.link(evil, directory / f"{name}.py")
     command = Imgrun(hostile.image)
     for flags in ((), ("--network", "none"), ("--rlimit", "nofile=100")):
         job = command.background("sleep 60", *userns, *flags)

@@ -47,11 +47,11 @@ def test_busybox_boots_runs_its_script_and_powers_off(run: Imgrun, busybox: Path
 
 
 def test_stop_powers_busybox_off(run: Imgrun, busybox: Path, tmp_path: Path) -> None:
-    script = tmp_path / "job"
-    script.write_text("echo up; while :; do sleep 0.1; done\n")
-    started = run("start", "-d", "--name", "b", "--init", "image", "--bind", f"{script}:/etc/init.d/job", busybox)
+    table = tmp_path / "inittab"
+    table.write_text("::sysinit:/bin/echo up\n::respawn:/bin/sleep 1000\n")
+    started = run("start", "-d", "--name", "b", "--init", "image", "--bind", f"{table}:/etc/inittab", busybox)
     assert started.status == 0, started
-    eventually(lambda: "up" in run("logs", "b").stdout, "the script")
+    eventually(lambda: "up" in run("logs", "b").stdout, "the boot")
     assert run("stop", "b").status == 0
     record = json.loads(run("inspect", "b").stdout)["result"]
     assert (record["reason"], record["exit_code"]) == ("stopped", 0), record

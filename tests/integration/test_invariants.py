@@ -37,6 +37,15 @@ def traces(state: Path) -> set[str]:
     return set(records(state)) if state.exists() else set()
 
 
+def test_what_these_tests_look_for_is_seen(run: Imgrun, leaks: Leaks) -> None:
+    assert leaks.left() == []
+    process = run.foreground(STUBBORN)
+    expect(process, "ready")
+    seen = "\n".join(leaks.left())
+    for kind in ("a loop device of", "imgrun-init", "imgrun-reaper", "/cgroup/", "-m imgrun.cli start"):
+        assert kind in seen
+
+
 # -- SIGKILL of the supervisor -----------------------------------------------------------------------------------------
 
 
