@@ -10,7 +10,7 @@ import array
 import json
 from typing import Any
 
-MAX_BYTES = 1 << 17
+MAX_BYTES = 1 << 20
 MAX_FDS = 200
 
 

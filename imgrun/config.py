@@ -38,6 +38,11 @@ def _table(name: str) -> dict[str, Any]:
     return table
 
 
+def has_image(name: str) -> bool:
+    """Whether an administrator gave this name to an image."""
+    return "/" not in name and name in _table("images")
+
+
 def image_path(image: str) -> str:
     """The absolute path of an image given by path or, where no such file is, by name."""
     path = os.path.abspath(os.path.expanduser(image))

@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import fields
 from typing import Any
 
+from imgrun.config import has_image
 from imgrun.errors import SpecError
 from imgrun.isolation.cgroup_limits import IoMax
 from imgrun.isolation.limits import parse_rlimit
@@ -59,7 +60,7 @@ def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
     if "image" in given:
         # A name of the configuration stays a name; paths are relative to the file.
         beside = _beside(path, given["image"])
-        given["image"] = beside if "/" in given["image"] or os.path.lexists(beside) else given["image"]
+        given["image"] = given["image"] if not os.path.lexists(beside) and has_image(given["image"]) else beside
     env = _table(data, "env", path)
     for key, value in env.items():
         if isinstance(value, (dict, list)):

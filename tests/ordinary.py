@@ -11,6 +11,7 @@ import fcntl
 import os
 import pwd
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,16 @@ class UserLeaks(Leaks):
     def __init__(self, base: Path, users: Users) -> None:
         super().__init__(base)
         self._users = users
+
+    def _cgroups(self) -> Iterator[str]:
+        # Those of root's come and go with the jobs of other sessions.
+        for path in super()._cgroups():
+            try:
+                owner = os.stat(path.split()[-1]).st_uid
+            except FileNotFoundError:
+                continue
+            if owner in (self._users.ranged.uid, self._users.single.uid):
+                yield path
 
     def left(self) -> list[str]:
         processes = [

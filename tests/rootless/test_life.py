@@ -143,7 +143,8 @@ def test_a_record_says_how_it_was_measured(run: AsUser, tmp_path: Path) -> None:
 def test_children_and_orphans_count(run: AsUser) -> None:
     path = run.directory / "r.json"
     spin = "i=0; while [ $i -lt 200000 ]; do i=$((i + 1)); done"
-    run.sh(f"sh -c '{spin}; {spin}'; (sh -c '{spin}; {spin}' &); sleep 3", "--result", path)
+    orphan = f"(sh -c '{spin}; {spin}; touch /done' &); while [ ! -e /done ]; do sleep 0.1; done; sleep 0.1"
+    run.sh(f"sh -c '{spin}; {spin}'; {orphan}", "--result", path)
     both = json.loads(path.read_text())["usage"]["user_seconds"]
     run.sh(f"sh -c '{spin}; {spin}'", "--result", path)
     one = json.loads(path.read_text())["usage"]["user_seconds"]
