@@ -1,353 +1,465 @@
-"""``imgrun doctor``: what imgrun needs of this host, for this caller, each need tried as a job would have it.
-
-Nothing stays of a trial: what changes a process is tried in a child, what takes a directory has one of its own below the
-state directory, which is removed. Only the state directory itself is made where there is none, as by any start.
-"""
+"""``imgrun doctor``: everything imgrun needs of this host, tried as a job would, and what to do about what is missing."""
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
+from imgrun import init_shim, probes
 from imgrun import syscalls as sc
-from imgrun.errors import HostError, ImgrunError
+from imgrun.errors import ImgrunError
 from imgrun.helper import find_program
-from imgrun.isolation import cgroup, namespaces, rootless, security, sources, userns
-from imgrun.isolation.cgroup_place import under_systemd
-from imgrun.state import NO_UPPER_LAYER, StateRoot, state_error
-from imgrun.storage import fuse, mount, union
-from imgrun.storage.scratch import Scratch
-from imgrun.storage.trees import remove_tree
+from imgrun.isolation import network, rootless, security
+from imgrun.isolation.userns import SUBID_USER, subordinate_ranges
+from imgrun.state import StateRoot
+from imgrun.storage import fuse, mount
 
-Status = Literal["ok", "limited", "missing"]
-OLDEST_KERNEL = (5, 14)
-PROGRAM_SECONDS = 10.0
-SCRATCH_SIZE = 4 << 20
-FILE_SYSTEMS = ("ext4", "xfs", "btrfs", "squashfs", "erofs")
-NAMESPACES = (
-    ("user", sc.CLONE_NEWUSER), ("mnt", sc.CLONE_NEWNS), ("pid", sc.CLONE_NEWPID), ("uts", sc.CLONE_NEWUTS),
-    ("ipc", sc.CLONE_NEWIPC), ("cgroup", sc.CLONE_NEWCGROUP), ("net", sc.CLONE_NEWNET),
-)  # fmt: skip
-ESSENTIAL = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "SETGID", "SETUID", "SETPCAP", "MKNOD")
-USEFUL = {
-    "SYS_RESOURCE": "--rlimit cannot raise a hard limit",
-    "SYS_PTRACE": "exec, checkpoint and the accounting of jobs may be refused",
-    "NET_ADMIN": "--network private is refused",
+State = Literal["ok", "limited", "missing"]
+LITTLE_SPACE = 256 << 20
+FEW_NAMESPACES = 64
+ROOT_CAPABILITIES = {
+    "SYS_RESOURCE": "hard limits cannot be raised (--rlimit), nor a job be spared by the out-of-memory killer",
+    "NET_ADMIN": "--network none and private do not work with --userns off",
+    "SYS_PTRACE": "'exec' and checkpoints of other users' jobs do not work",
+    "MKNOD": "image builds cannot make device nodes",
+    "CHECKPOINT_RESTORE": "checkpoints with --userns off need CAP_SYS_ADMIN instead",
 }
-ANYWHERE = "checked in a container? then the outer one withholds it: its seccomp filter, or its capabilities"
+"""What root may lack, as in a container, beside what nothing works without; and what that costs."""
 
 
-class Need(NamedTuple):
-    """One thing imgrun needs. ``required`` says that ``start`` fails without it, for this caller."""
+class Check(NamedTuple):
+    """One need of imgrun's. ``needed``: no job starts without it."""
 
     name: str
-    status: Status
+    state: State
     detail: str
-    """What was found."""
-    costs: str = ""
-    """What does not work, or works worse; empty when the need is met."""
+    cost: str = ""
+    """What does not work, when the state is not ok."""
     advice: str = ""
-    required: bool = False
+    needed: bool = False
 
 
-class Limited(Exception):
-    """The need is met in part: what was found, what that costs, what to do."""
+def examine() -> list[Check]:
+    """Try everything. Nothing of the host is changed, except that imgrun's state directory is made."""
+    root = rootless.is_host_root()
+    state = _state_directory()
+    place = state[1]
+    found = [_kernel(), _caller(root), *_namespaces(root), *_namespace_limits(root), _mount_api()]
+    found += [state[0], _overlay(root, place), *_images(root, place), _loop(root), _fuse(root)]
+    found += [*_cgroups(), _clone_into_cgroup(), _pidfd(), _shim(), _blkid(), _mke2fs()]
+    found += [_seccomp(), _counters(), _private_network(), _checkpoints()]
+    return [*found, _trial(place)]
 
 
-class Trial(NamedTuple):
-    """How a need is tried: ``run`` returns what it found, or raises Limited, ImgrunError or OSError."""
-
-    name: str
-    run: Callable[[], str]
-    costs: str
-    advice: str
-    required: bool = False
-    otherwise: Status = "missing"
-
-    def judge(self) -> Need:
-        detail, costs, advice, status = "", self.costs, self.advice, self.otherwise
-        try:
-            return Need(self.name, "ok", self.run(), required=self.required)
-        except Limited as e:
-            detail, costs, advice = e.args
-            status = "limited"
-        except ImgrunError as e:
-            detail, advice = e.message, e.hint or self.advice
-        except OSError as e:
-            detail = f"{e.filename}: {e.strerror}" if e.filename else f"refused: {e.strerror}"
-        except Exception as e:  # noqa: BLE001 - a host that surprises us is still to be described
-            detail = f"it could not be tried: {type(e).__name__}: {e}"
-        return Need(self.name, status, detail, costs, advice, self.required)
+def works(checks: list[Check]) -> bool:
+    """Whether ``imgrun start`` works here."""
+    return all(check.state != "missing" for check in checks if check.needed)
 
 
-def works(needs: list[Need]) -> bool:
-    """Whether ``start`` works here for this caller."""
-    return not any(need.required and need.status == "missing" for need in needs)
+def _from(name: str, tried: probes.Tried, cost: str, advice: str, *, needed: bool = False) -> Check:
+    if tried.ok:
+        return Check(name, "ok", tried.words, needed=needed)
+    state: State = "missing" if needed else "limited"
+    return Check(name, state, tried.words, cost, tried.hint or advice, needed)
 
 
-def examine() -> list[Need]:
-    """Try every need. The caller must have one thread; raises nothing for what a host lacks."""
-    host = _Host()
+# -- the kernel and the caller -----------------------------------------------------------------------------------------
+
+
+def _kernel() -> Check:
+    host = os.uname()
+    detail = f"{host.sysname} {host.release} on {host.machine}"
+    if host.machine not in ("x86_64", "aarch64"):
+        return Check("kernel", "missing", detail, "imgrun's init is not made for it", "use x86_64 or aarch64", True)
+    return Check("kernel", "ok", detail, needed=True)
+
+
+def _caller(root: bool) -> Check:
+    if not root:
+        who = "root without rights over the host" if os.geteuid() == 0 else f"an ordinary user, uid {os.geteuid()}"
+        return Check("caller", "ok", f"{who}: images are served by FUSE, ids come from a user namespace")
+    held = sc.capget()[0]
+    lacking = [name for name in ROOT_CAPABILITIES if not held >> security.CAPABILITIES.index(name) & 1]
+    if not lacking:
+        return Check("caller", "ok", "root, with every capability that imgrun uses")
+    detail = f"root without {', '.join(f'CAP_{name}' for name in lacking)}"
+    cost = "; ".join(ROOT_CAPABILITIES[name] for name in lacking)
+    return Check("caller", "limited", detail, cost, "give them to the container or service that imgrun runs in")
+
+
+def _namespaces(root: bool) -> Iterator[Check]:
+    needs = "no job can be isolated"
+    tried = probes.in_child(probes.user_namespace)
+    check = _from("user namespace", tried, "root: only --userns off works" if root else needs, _user_advice(), needed=not root)
+    if tried.ok and "no subordinate ids" in tried.words:
+        advice = "ask your administrator: usermod --add-subuids and --add-subgids, and the package uidmap"
+        check = Check("user namespace", "limited", "made, with a single id", "apt, su and --user fail in jobs", advice, True)
+    yield check
+    for kind, flag in probes.NAMESPACES.items():
+        tried = probes.in_child(lambda flag=flag: probes.namespace(flag))  # type: ignore[misc]
+        advice = f"use a kernel with it, and a user.max_{_limit_name(kind)}_namespaces above 0"
+        yield _from(f"{kind} namespace", tried, needs, advice, needed=True)
+
+
+def _limit_name(kind: str) -> str:
+    return {"mount": "mnt", "network": "net"}.get(kind, kind.lower())
+
+
+def _setting(name: str) -> int | None:
     try:
-        needs = [trial.judge() for trial in host.trials()]
-    finally:
-        host.close()
-    place = next(i for i, need in enumerate(needs) if need.name == "performance counters")
-    return [*needs[:place], *_cgroups(), *needs[place:]]
+        with open(f"/proc/sys/{name}", encoding="ascii") as f:
+            return int(f.read())
+    except (OSError, ValueError):
+        return None
 
 
-def _cgroups() -> list[Need]:
-    costs = "what needs it is refused; --limits best-effort goes on without a limit"
+def _user_advice() -> str:
+    if _setting("kernel/unprivileged_userns_clone") == 0:
+        return "ask your administrator: sysctl kernel.unprivileged_userns_clone=1"
+    if _setting("kernel/apparmor_restrict_unprivileged_userns") == 1:
+        return (
+            "ask your administrator: an AppArmor profile for imgrun, or sysctl kernel.apparmor_restrict_unprivileged_userns=0"
+        )
+    return "ask your administrator: sysctl user.max_user_namespaces"
+
+
+def _namespace_limits(root: bool) -> Iterator[Check]:
+    limits = {kind: _setting(f"user/max_{_limit_name(kind)}_namespaces") for kind in ("user", *probes.NAMESPACES)}
+    known = {kind: value for kind, value in limits.items() if value is not None}
+    few = [kind for kind, value in known.items() if value < FEW_NAMESPACES]
+    detail = f"at least {min(known.values())} of each kind" if known else "not told"
+    if few:
+        detail = ", ".join(f"{kind} {known[kind]}" for kind in few)
+        keys = " ".join(f"user.max_{_limit_name(kind)}_namespaces" for kind in few)
+        yield Check("namespace limits", "limited", detail, "few jobs can run at a time, or none", f"raise with sysctl: {keys}")
+    else:
+        yield Check("namespace limits", "ok", detail)
+    restricted = _setting("kernel/unprivileged_userns_clone") == 0 or (
+        _setting("kernel/apparmor_restrict_unprivileged_userns") == 1
+    )
+    if root and restricted:
+        detail = "user namespaces are for root only on this host"
+        yield Check("ordinary users", "limited", detail, "imgrun works for root only", _user_advice())
+
+
+def _pidfd() -> Check:
+    def probe() -> str:
+        os.close(os.pidfd_open(os.getpid()))
+        return "pidfd_open"
+
+    return _from("pidfd", probes.attempt(probe), "no job can be watched", "use Linux 5.14 or newer", needed=True)
+
+
+def _mount_api() -> Check:
+    tried = probes.in_child(probes.mount_api)
+    advice = "use Linux 5.14 or newer; in a container, allow these system calls in its seccomp profile"
+    return _from("mount API", tried, "no job can be given its files", advice, needed=True)
+
+
+# -- storage -----------------------------------------------------------------------------------------------------------
+
+
+def _state_directory() -> tuple[Check, str | None]:
+    """The check, and the directory when it is of use."""
+    root = StateRoot()
+    name, advice = "state directory", "set IMGRUN_STATE_DIR to a directory of yours on a local disk"
     try:
-        found = cgroup.doctor()
-    except (ImgrunError, OSError, ValueError) as e:
-        return [Need("cgroups", "missing", str(e), costs, "mount cgroup v2 at /sys/fs/cgroup")]
-    return [Need(f.name, "ok" if f.ok else "missing", f.detail, "" if f.ok else costs, f.advice) for f in found]
+        root.prepare()
+    except ImgrunError as e:
+        return Check(name, "missing", e.message, "no job can be recorded", e.hint or advice, True), None
+    status = os.statvfs(root.path)
+    free = status.f_bavail * status.f_frsize
+    detail = f"{root.path} on {file_system_of(root.path)}, {free / (1 << 30):.1f} GiB free"
+    if free < LITTLE_SPACE:
+        return Check(
+            name, "limited", detail, "jobs have little room to write", "free some, or set IMGRUN_STATE_DIR", True
+        ), root.path
+    return Check(name, "ok", detail, needed=True), root.path
 
 
-class _Host:
-    """This host, as this caller meets it."""
+def file_system_of(path: str) -> str:
+    """The type of the file system that holds ``path``, by the mount table."""
+    try:
+        import libmount
 
-    def __init__(self) -> None:
-        try:
-            self.root = rootless.is_host_root()
-        except OSError:
-            self.root = False
-        self.state = StateRoot().path
-        self.directory = f"{self.state}/.doctor-{os.getpid()}"
-        self.ask = "" if self.root else "ask your administrator: "
+        found = libmount.Table("/proc/self/mountinfo").find_mountpoint(path, libmount.MNT_ITER_BACKWARD)
+        return str(found.fstype)
+    except Exception:  # noqa: BLE001 - not installed, or not to be used here: the table is as easily read
+        pass
+    best, kind = "", "an unknown file system"
+    device = os.stat(path).st_dev
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                before, _, after = line.partition(" - ")
+                fields = before.split()
+                if fields[2] == f"{os.major(device)}:{os.minor(device)}" and len(fields[4]) >= len(best):
+                    best, kind = fields[4], after.split()[0]
+    except OSError:
+        pass
+    return kind
 
-    def close(self) -> None:
-        try:
-            remove_tree(self.directory)
-        except ImgrunError:
-            pass  # its own line has said what is wrong with the state directory
 
-    def trials(self) -> Iterator[Trial]:
-        root, ask = self.root, self.ask
-        yield Trial("kernel", _kernel, "", "")
-        yield Trial("caller", self._caller, "jobs cannot be set up", "run imgrun with all of root's capabilities", root)
-        yield Trial("init program", _shim, "no job can be started", "reinstall imgrun", True)
-        yield Trial("state directory", self._state, "no job can be started", "set IMGRUN_STATE_DIR to another one", True)
-        for kind, flag in NAMESPACES:
-            optional = kind == "net"
-            costs = "--network none and private are refused" if optional else "no job can be started"
-            yield Trial(f"{kind} namespace", lambda k=kind, f=flag: self._namespace(k, f), costs, ANYWHERE, not optional)  # type: ignore[misc]
-        yield Trial("mount interface", lambda: self._apart(_mount_interface), "no job can be started", ask + ANYWHERE, True)
-        if root:
-            yield Trial(
-                "id-mapped mounts", lambda: _in_child(self._id_mapped), "a job's user namespace has the host's own ids",
-                "use a kernel and a file system for IMGRUN_STATE_DIR that have them (ext4, xfs, btrfs)", False, "limited",
-            )  # fmt: skip
+def _overlay(root: bool, state: str | None) -> Check:
+    name = "overlay"
+    if state is None:
+        return Check(name, "limited", "not tried: there is no state directory", "unknown", "see above")
+    tried = probes.attempt(lambda: probes.overlay(state))
+    if tried.ok:
+        return Check(name, "ok", tried.words)
+    if root:
+        cost = "jobs share the host's ids in their user namespace, or need --userns off or --writable"
+        return Check(
+            name, "limited", tried.words, cost, tried.hint or "use Linux 5.19 or newer, and ext4, xfs or btrfs for the state"
+        )
+    if find_program("fuse-overlayfs"):
+        return Check(
+            name, "limited", f"{tried.words}; fuse-overlayfs is there", "the job's root is slower", "use Linux 5.13 or newer"
+        )
+    return Check(
+        name,
+        "missing",
+        tried.words,
+        "only --writable works",
+        "install fuse-overlayfs, or set IMGRUN_STATE_DIR to a local disk",
+    )
+
+
+def _images(root: bool, state: str | None) -> Iterator[Check]:
+    for fstype in probes.MAKERS:
+        name, cost = f"{fstype} images", "images of this format cannot be used"
+        if not root:
+            yield _served(name, fstype, cost)
+        elif mount.kernel_has(fstype) is False:
+            yield Check(name, "missing", "not in this kernel", cost, f"modprobe {fstype}, or copy such images into ext4")
+        elif state is None:
+            yield Check(name, "limited", "in this kernel; not tried, as there is no state directory", "unknown", "see above")
         else:
-            yield Trial("subordinate ids", self._ids, "no job can be started", ask + "see newuidmap(1)", True)
-        yield Trial(
-            "overlay", self._overlay, "only --read-only, and --writable on a copy of an image, work",
-            "set IMGRUN_STATE_DIR to a local disk (ext4, xfs, btrfs)" + ("" if root else ", or install fuse-overlayfs"), True,
-        )  # fmt: skip
-        yield Trial("image formats", lambda: _file_systems(root), "", ask + "modprobe them", root)
-        if root:
-            yield Trial("loop devices", _loop, "only directories can be images", "modprobe loop", True)
-            yield Trial("sized scratch", self._scratch, "--scratch-size is refused", "install e2fsprogs")
-        else:
-            costs = "images cannot be built in the format ext4"
-            yield Trial("mke2fs", lambda: _runs("mke2fs"), costs, ask + "install e2fsprogs")
-        others = "ordinary users' jobs cannot use image files" if root else "only directories can be images"
-        yield Trial("/dev/fuse", lambda: self._apart(_fuse), others, ask + "chmod 666 /dev/fuse, as udev does", not root)
-        yield from self._servers()
-        costs = "image files are refused, as what is in them cannot be told"
-        yield Trial("libblkid", _blkid, costs, ask + "install libblkid1 (Debian) or libblkid (Fedora)", True)
-        yield Trial("libseccomp", lambda: _in_child(_seccomp), "--seccomp and --userns off are refused", ask + "install it")
-        yield Trial("pasta", _pasta, "--network private is refused", ask + "install passt")
-        costs = "a job joins its cgroups a little later, or has none of its own"
-        yield Trial("clone3 into a cgroup", _clone_into, costs, ask + "mount cgroup v2, and delegate it", False, "limited")
-        for name, hardware in (("performance counters", True), ("software counters", False)):
-            costs = "what they count is null in results; --pmu require is refused" if hardware else "they are null in results"
-            yield Trial(name, lambda h=hardware: _counters(h), costs, "")  # type: ignore[misc]
-        yield Trial("CRIU", _criu, "jobs cannot be frozen, nor checkpoints continued", "pip install imgrun-criu pycriu")
-        if not root and under_systemd():
-            costs = "background jobs may end with your last login"
-            yield Trial("lingering", _linger, costs, ask + f"loginctl enable-linger {_name()}", False, "limited")
+            yield _mounted(name, fstype, state, cost)
 
-    def _servers(self) -> Iterator[Trial]:
-        whose = "ordinary users' " if self.root else ""
-        none = not any(find_program(kind.program) for kind in fuse.SERVERS.values())
-        for fstype, kind in fuse.SERVERS.items():
-            costs = f"{whose}{fstype} images are refused"
-            run = lambda program=kind.program: _runs(program)  # noqa: E731
-            yield Trial(kind.program, run, costs, f"{self.ask}install {kind.package}", none and not self.root)
-        costs = f"{whose}jobs are refused where the kernel's overlay is, as on network file systems"
-        yield Trial("fuse-overlayfs", lambda: _runs("fuse-overlayfs"), costs, f"{self.ask}install fuse-overlayfs")
 
-    def _caller(self) -> str:
-        if not self.root:
-            return f"{_name()}, an ordinary user: a job has a user namespace of yours"
-        effective = sc.capget()[0]
-        lacking = {name for i, name in enumerate(security.CAPABILITIES) if not effective >> i & 1}
-        if gone := [name for name in ESSENTIAL if name in lacking]:
-            raise HostError(f"root without CAP_{', CAP_'.join(gone)}")
-        if less := [name for name in USEFUL if name in lacking]:
-            raise Limited(
-                f"root without CAP_{', CAP_'.join(less)}", "; ".join(USEFUL[name] for name in less),
-                "give imgrun's service or container these capabilities, if they are wanted",
-            )  # fmt: skip
-        return "root, with the capabilities that imgrun uses"
+def _mounted(name: str, fstype: str, state: str, cost: str) -> Check:
+    try:
+        return Check(name, "ok", probes.image_format(fstype, state))
+    except FileNotFoundError as e:
+        return Check(name, "ok", f"in this kernel; {e}")
+    except ImgrunError as e:
+        if "id-map" in e.message:
+            cost = "jobs of such images share the host's ids in their user namespace"
+        return Check(name, "limited", e.message, cost, e.hint or "use another format")
+    except OSError as e:
+        return Check(name, "limited", e.strerror or str(e), cost, "use another format")
 
-    def _state(self) -> str:
-        StateRoot(self.state).prepare()
+
+def _served(name: str, fstype: str, cost: str) -> Check:
+    server = fuse.SERVERS.get(fstype)
+    if server is None:
+        return Check(name, "missing", "only root can mount it", cost, "make a squashfs of the image's files")
+    program = find_program(server.program)
+    if program is None:
+        return Check(name, "missing", f"{server.program} is not installed", cost, f"install {server.package}")
+    return Check(name, "ok", f"served by {program}")
+
+
+def _loop(root: bool) -> Check:
+    name = "loop devices"
+    if not root:
+        return Check(name, "ok", "not used: FUSE takes their place")
+
+    def probe() -> str:
+        import errno
+
+        from imgrun.storage.loop import CONTROL
+
+        control = os.open(CONTROL, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.mkdir(self.directory, 0o700)
-            space = os.statvfs(self.directory)
-        except OSError as e:
-            raise state_error(e, self.state) from e
-        found = f"{self.state} on {_fstype(self.state)}, {space.f_bavail * space.f_frsize / 2**30:.1f} GiB free"
-        if sc.fs_magic(self.directory) in NO_UPPER_LAYER:
-            raise Limited(found, "the kernel's overlay cannot write there", "set IMGRUN_STATE_DIR to a local disk")
-        return found
-
-    def _namespace(self, kind: str, flag: int) -> str:
-        most = _setting(f"user/max_{kind}_namespaces")
-        try:
-            pid = sc.clone(flag if self.root else flag | sc.CLONE_NEWUSER)
-        except OSError as e:
-            raise HostError(f"refused: {e.strerror}", self.ask + self._permit(kind, most, e.errno)) from e
-        if pid == 0:
-            os._exit(0)
-        os.waitpid(pid, 0)
-        return f"at most {most or '?'} of them (user.max_{kind}_namespaces)"
-
-    def _permit(self, kind: str, most: str, number: int | None) -> str:
-        """What lets the caller have a namespace of this kind."""
-        for name, limit in (("user", _setting("user/max_user_namespaces")), (kind, most)):
-            if limit == "0" and (name == kind or not self.root):
-                return f"sysctl -w user.max_{name}_namespaces=15000"
-        if number in (errno.ENOSPC, errno.EUSERS):
-            return f"raise user.max_{kind}_namespaces, here or in the outer namespace"
-        for name, bad, good in (("unprivileged_userns_clone", "0", "1"), ("apparmor_restrict_unprivileged_userns", "1", "0")):
-            if not self.root and _setting(f"kernel/{name}") == bad:
-                return f"sysctl -w kernel.{name}={good}"
-        if number in (errno.EINVAL, errno.ENOSYS):
-            return f"use a kernel that has {kind} namespaces"
-        return ANYWHERE
-
-    def _apart(self, work: Callable[[], str]) -> str:
-        """Do it with a supervisor's rights: the host's root's, or those of one's own namespace."""
-
-        def entered() -> str:
-            if not self.root:
-                rootless.enter()
-            return work()
-
-        return _in_child(entered)
-
-    def _ids(self) -> str:
-        given = userns.subordinate_ranges("/etc/subuid", _name()) and userns.subordinate_ranges("/etc/subgid", _name())
-        if given:
-            advice = "install newuidmap (Debian: uidmap, Fedora: shadow-utils)"
-        else:
-            first = _free_ids()
-            span = f"{first}-{first + userns.RANGE - 1}"
-            advice = f"usermod --add-subuids {span} --add-subgids {span} {_name()}"
-            advice += f", or the line '{_name()}:{first}:{userns.RANGE}' in /etc/subuid and /etc/subgid"
-            advice += "" if find_program("newuidmap") else "; and install newuidmap (Debian: uidmap)"
-
-        def work() -> str:
-            ids, warnings = rootless.enter()
-            if warnings:
-                costs = "a job has a single id, so apt, su and --user fail in it"
-                raise Limited("you have none" if not given else "newuidmap is missing", costs, self.ask + advice)
-            return f"{sum(r.size for r in ids.uids)} ids by newuidmap and /etc/subuid"
-
-        return _in_child(work)
-
-    def _probe_mount(self, ids: userns.IdMap | None) -> int:
-        if not os.path.isdir(self.directory):
-            raise HostError("not tried: there is no state directory", "see its own line")
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        made = mount.directory(fd, read_only=False)
-        if ids is not None:
-            sources.id_map(made, namespaces.userns_descriptor(ids), f"mounts of {_fstype(self.directory)}")
-        return made
-
-    def _id_mapped(self) -> str:
-        self._probe_mount(userns.hold_range().ids)
-        return f"on {_fstype(self.directory)}"
-
-    def _overlay(self) -> str:
-        if self.root:
-            if _in_child(self._overlay_of_root) == "mapped":
-                return "in a user namespace, of id-mapped layers"
-            costs = "a job's user namespace has the host's own ids"
-            raise Limited("only without id-mapped layers", costs, "use a kernel of 5.19 or later")
-        if self._apart(lambda: "yes" if self._union() else "no") == "yes":
-            return "in a user namespace, with userxattr"
-        if find_program("fuse-overlayfs") is None:
-            raise HostError("the kernel refuses it, and fuse-overlayfs is not installed")
-        advice = "set IMGRUN_STATE_DIR to a local disk, or use a kernel of 5.14 or later"
-        raise Limited("the kernel refuses it; fuse-overlayfs takes its place", "jobs read and write more slowly", advice)
-
-    def _union(self) -> bool:
-        os.close(self._probe_mount(None))
-        return union.kernel_can(f"{self.directory}/union")
-
-    def _overlay_of_root(self) -> str:
-        """As a job's first process makes it: the state's mount attached in namespaces of its own, and layers from it."""
-        held = userns.hold_range()
-        for ids, answer in ((held.ids, "mapped"), (userns.identity(), "identity")):
-            try:
-                layers = self._probe_mount(None if ids.identity else ids)
-            except sources.IdMapUnsupported:
-                continue
-            told, tell = os.pipe2(os.O_CLOEXEC)
-            pid = sc.clone(sc.CLONE_NEWUSER | sc.CLONE_NEWNS)
-            if pid == 0:
-                _become_overlay(layers, told)
-            userns.write_maps(pid, ids)
-            os.write(tell, b"x")
-            if os.waitpid(pid, 0)[1] == 0:
-                return answer
-        raise HostError("the kernel refuses it in a user namespace")
-
-    def _scratch(self) -> str:
-        self._probe_mount(None)
-        scratch = Scratch.create(f"{self.directory}/scratch", SCRATCH_SIZE)
-        try:
-            os.close(scratch.mount())
+            number = sc.loop_get_free(control)
         finally:
-            scratch.remove()
-        return "made by mke2fs, and mounted"
+            os.close(control)
+        try:
+            os.close(os.open(f"/dev/loop{number}", os.O_RDWR | os.O_CLOEXEC))
+        except OSError as e:
+            raise OSError(e.errno or errno.EIO, f"/dev/loop{number}: {e.strerror}") from e
+        return f"{CONTROL}, and /dev/loop{number} is free"
+
+    advice = "modprobe loop; in a container, give it /dev/loop-control and loop devices"
+    return _from(name, probes.attempt(probe), "only directories work as images", advice)
 
 
-def _become_overlay(layers: int, told: int) -> None:
-    status = 1
+def _fuse(root: bool) -> Check:
+    def probe() -> str:
+        fuse.check_device()
+        return "/dev/fuse can be opened"
+
+    cost = "no FUSE in jobs, nor jobs in jobs" if root else "only directories work as images"
+    return _from("FUSE", probes.attempt(probe), cost, "modprobe fuse")
+
+
+def _mke2fs() -> Check:
+    program = find_program("mke2fs")
+    if program is None:
+        return Check("mke2fs", "limited", "not installed", "--scratch-size does not work", "install e2fsprogs")
+    return Check("mke2fs", "ok", program)
+
+
+def _blkid() -> Check:
+    def probe() -> str:
+        from imgrun.storage.blkid import _library
+
+        _library()
+        return "loaded"
+
+    return _from(
+        "libblkid", probes.attempt(probe), "image files cannot be told", "install util-linux's libblkid1", needed=True
+    )
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+
+
+def _shim() -> Check:
+    def probe() -> str:
+        program = init_shim.program()
+        status = os.waitpid(os.posix_spawn(program, [program], {}), 0)[1]
+        if os.waitstatus_to_exitcode(status) != 125:
+            raise OSError(0, f"{program} does not run as it should (status {status})")
+        return program
+
+    return _from("init", probes.attempt(probe), "no job has a first process", "install imgrun again", needed=True)
+
+
+def _cgroups() -> Iterator[Check]:
+    from imgrun.isolation.cgroup_doctor import examine as examine_cgroups
+
     try:
-        os.read(told, 1)
-        os.setresgid(0, 0, 0)
-        os.setresuid(0, 0, 0)
-        sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
-        sc.move_mount(layers, "/sys")  # a place that exists everywhere, and from which nothing is imported
-        status = 0 if union.kernel_can("/sys/union") else 1
+        findings = examine_cgroups()
+    except (ImgrunError, OSError) as e:
+        yield Check("cgroups", "limited", str(e), "no limit can be enforced", "see 'imgrun start --debug'")
+        return
+    for finding in findings:
+        state: State = "ok" if finding.ok else "limited"
+        cost = "" if finding.ok else "asked for, it refuses the job" if "limit" in finding.name else "not available"
+        yield Check(finding.name, state, finding.detail, cost, finding.advice)
+
+
+def _clone_into_cgroup() -> Check:
+    advice = "mount cgroup v2, or start imgrun in a delegated cgroup (systemd-run --user --scope)"
+    tried = probes.in_child(probes.clone_into_cgroup)
+    return _from("cgroup for each job", tried, "jobs are not accounted or limited as a whole", advice)
+
+
+def _seccomp() -> Check:
+    tried = probes.in_child(probes.seccomp)
+    return _from("system call filter", tried, "--seccomp and --userns off do not work", "install libseccomp2 (2.5 or newer)")
+
+
+def _counters() -> Check:
+    from imgrun.pmu.counters import Counters, explain
+
+    name, paranoid = "hardware counters", _setting("kernel/perf_event_paranoid")
+    setting = f"kernel.perf_event_paranoid is {paranoid}"
+    cost = "cycles and instructions are null in results; --pmu require fails"
+    try:
+        counters = Counters.of_process(os.getpid())
+    except OSError as e:
+        return Check(name, "limited", e.strerror or str(e), cost, "sysctl kernel.perf_event_paranoid=2 or less")
+    try:
+        refused = {event: explain(number) for event, number in counters.refused.items()}
     finally:
-        os._exit(status)
+        counters.close()
+    missing = [event for event in ("cycles", "instructions") if event in refused]
+    if not missing:
+        return Check(name, "ok", f"cycles and instructions; {setting}")
+    absent = "no such counter" in refused[missing[0]]
+    advice = "run on hardware, or a virtual machine with a PMU" if absent else "sysctl kernel.perf_event_paranoid=2 or less"
+    return Check(name, "limited", f"no {' and '.join(missing)}: {refused[missing[0]]}; {setting}", cost, advice)
 
 
-def _in_child(work: Callable[[], str]) -> str:
-    """Do it in a child, which is what changes; what it returns or raises comes back."""
-    read, write = os.pipe2(os.O_CLOEXEC)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _answer(work, write, parent)
-    os.close(write)
-    with open(read, "rb") as f:
-        said = f.read()
-    status = os.waitpid(pid, 0)[1]
-    if not said:
-        raise HostError(f"the trial died: {os.waitstatus_to_exitcode(status)}", "'dmesg | tail' may say more")
-    kind, words = json.loads(said)
-    if kind == "ok":
-        return str(words[0])
-    raise {"limited": Limited, "os": OSError}.get(kind, HostError)(*words)
+def _private_network() -> Check:
+    tried = probes.attempt(network.find_pasta)
+    return _from("private network", tried, "--network private does not work", "install passt")
+
+
+def _checkpoints() -> Check:
+    name, cost = "checkpoints", "jobs cannot be frozen and continued"
+    try:
+        import imgrun_criu
+
+        return Check(name, "ok", f"CRIU {imgrun_criu.build().get('criu', '')} of imgrun-criu".replace("  ", " "))
+    except ImportError:
+        pass
+    except Exception as e:  # noqa: BLE001 - someone else's package: whatever is wrong with it
+        return Check(name, "limited", f"imgrun-criu is damaged: {e}", cost, "install it again")
+    program = find_program("criu")
+    detail = "imgrun-criu is not installed" + (f"; {program} is not used, as it cannot be taken into a job" if program else "")
+    return Check(name, "limited", detail, cost, "pip install imgrun-criu, or ./dev setup")
+
+
+def _trial(state: str | None) -> Check:
+    """A job, from start to end, in a directory with one program."""
+    name = "a job"
+    if state is None:
+        return Check(name, "missing", "not tried: there is no state directory", "nothing starts", "see above", True)
+    tried = probes.attempt(lambda: trial_job(state))
+    check = _from(name, tried, "nothing starts", "see what is missing above", needed=True)
+    if tried.ok and tried.words.startswith("warning"):
+        return check._replace(state="limited", cost="see above", advice="see above")
+    return check
+
+
+def trial_job(state: str) -> str:
+    """Start a job by the command line; words about it. Raises HostError with what imgrun said."""
+    import json
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+    import time
+
+    from imgrun.errors import HostError
+
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=state) as directory:
+        os.mkdir(f"{directory}/root")
+        # Without arguments it exits with 125 at once; the record tells that from a failure of imgrun's own.
+        shutil.copy(init_shim.program(), f"{directory}/root/probe")
+        os.chmod(f"{directory}/root/probe", 0o755)
+        command = [
+            sys.executable,
+            "-m",
+            "imgrun.cli",
+            "start",
+            "--result",
+            f"{directory}/result",
+            f"{directory}/root",
+            "/probe",
+        ]
+        paths = os.pathsep.join(path for path in sys.path if path)
+        began = time.monotonic()
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
+            env={**os.environ, "PYTHONPATH": paths, "IMGRUN_STATE_DIR": state},
+        )  # fmt: skip
+        took = (time.monotonic() - began) * 1000
+        try:
+            with open(f"{directory}/result", encoding="utf-8") as f:
+                record = json.load(f)
+        except (OSError, ValueError):
+            record = {}
+    if record.get("reason") != "exited" or record.get("exit_code") != 125:
+        said = [line.removeprefix("imgrun: ").strip() for line in done.stderr.splitlines() if line.strip()]
+        raise HostError(record.get("message") or (said[0] if said else "it ended without a word"), record.get("hint"))
+    warnings = record.get("warnings") or []
+    return f"warning: {warnings[0]}" if warnings else f"started and ended, in {took:.0f} ms"
+
+
+Reporter = Callable[[str], None]
+
+
+def report(checks: list[Check], say: Reporter) -> None:
+    """For people: a line for each need, and one with the cost and the advice where it is not met."""
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        say(f"{check.state:<8} {check.name:<{width}}  {check.detail}")
+        if check.state != "ok":
+            say(f"{'':<8} {'':<{width}}  {'; '.join(filter(None, (check.cost, check.advice)))}")

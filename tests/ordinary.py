@@ -82,6 +82,21 @@ def _ranges(name: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(first), int(count)) for who, first, count in rows if who == name)
 
 
+def _way_to_the_checkout(place: str) -> str:
+    """Commands that let everyone reach the checkout where it lies in somebody's closed directory."""
+    checkout = Path(__file__).parents[1]
+    closed = next((parent for parent in reversed(checkout.parents) if not parent.stat().st_mode & 0o001), None)
+    if closed is None:
+        return ""
+    return f"""
+            mkdir {place}
+            mount --bind {checkout} {place}
+            mount -t tmpfs -o mode=755 way {closed}
+            mkdir -p {checkout}
+            mount --move {place} {checkout}
+    """
+
+
 class World:
     """A mount namespace for commands to run in: the host's, changed by a shell script that root runs in it."""
 
@@ -93,6 +108,7 @@ class World:
             mknod -m 666 {scratch}/tun c 10 200
             [ ! -e /dev/fuse ] || mount --bind {scratch}/fuse /dev/fuse
             [ ! -e /dev/net/tun ] || mount --bind {scratch}/tun /dev/net/tun
+            {_way_to_the_checkout(f"{scratch}/checkout")}
             umount -l {scratch}
         """
         self._process = subprocess.Popen(
