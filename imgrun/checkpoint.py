@@ -68,7 +68,7 @@ def save(subject: Subject, target: str, *, leave_running: bool) -> dict[str, Any
             "a job that runs on would change its image, and the checkpoint be worthless",
             "stop it with the checkpoint, or start it without --writable",
         )
-    building = f"{target}.{subject.id}.new"
+    building = building_place(target, subject.id)
     try:
         remove_tree(building)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -87,6 +87,11 @@ def save(subject: Subject, target: str, *, leave_running: bool) -> dict[str, Any
         with contextlib.suppress(OSError):
             os.rename(f"{building}/work/{criu.LOG}", kept_log(target))
         remove_tree(building)
+
+
+def building_place(target: str, job_id: str) -> str:
+    """Where a checkpoint is made before it gets its name."""
+    return f"{os.path.abspath(target)}.{job_id}.new"
 
 
 def kept_log(target: str) -> str:

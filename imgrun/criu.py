@@ -151,7 +151,7 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             if before is not None:
                 before()
             tell, told = os.pipe2(os.O_CLOEXEC)
-            child = sc.clone(0, pid=first_pid())
+            child = _clone_aside()
             if child == 0:
                 _become_criu(site, criu_end, told)
             os.close(told)
@@ -162,7 +162,7 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             _put_last_pid_back(site.last_pid or int(last or b"0"))
         finally:
             for place in (TOOLBOX, IMAGES, WORK):
-                sc.umount(place, sc.MNT_DETACH)
+                _detach(place)
     except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
         try:
             channel.send({"error": f"{e}"})
@@ -170,6 +170,14 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             pass
     finally:
         os._exit(0)
+
+
+def _detach(place: str) -> None:
+    while True:
+        try:
+            sc.umount(place, sc.MNT_DETACH)
+        except OSError:
+            return  # nothing is mounted there any more
 
 
 def _attach(mount: int, place: str) -> None:
@@ -180,14 +188,25 @@ def _attach(mount: int, place: str) -> None:
         os.mkdir(within, 0o755, dir_fd=dev)
     except FileExistsError:
         pass
+    _detach(place)  # what is left of one that was killed
     target = sc.openat2(within, os.O_PATH | os.O_DIRECTORY, dev, resolve=sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS)
     sc.move_mount(mount, "", target)
     os.close(target)
     os.close(dev)
 
 
+def _clone_aside() -> int:
+    """Fork with a pid that the tree does not have."""
+    for aside in range(0, BELOW_LAST_PID // 2, 100):
+        try:
+            return sc.clone(0, pid=first_pid() + aside)
+        except FileExistsError:
+            continue  # of an earlier one that was killed, and is not reaped yet
+    raise CheckpointError("the job has used up its pids", "end some of its processes")
+
+
 def first_pid() -> int:
-    """CRIU's own pid in the job; its children have the following ones."""
+    """The least pid in the job that CRIU may have; its children have the ones after that."""
     with open("/proc/sys/kernel/pid_max", "rb") as f:
         return max(int(f.read()) - BELOW_LAST_PID, 1000)
 

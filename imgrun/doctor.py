@@ -11,7 +11,6 @@ from imgrun import syscalls as sc
 from imgrun.errors import ImgrunError
 from imgrun.helper import find_program
 from imgrun.isolation import network, rootless, security
-from imgrun.isolation.userns import SUBID_USER, subordinate_ranges
 from imgrun.state import StateRoot
 from imgrun.storage import fuse, mount
 
@@ -43,10 +42,12 @@ class Check(NamedTuple):
 def examine() -> list[Check]:
     """Try everything. Nothing of the host is changed, except that imgrun's state directory is made."""
     root = rootless.is_host_root()
-    state = _state_directory()
-    place = state[1]
-    found = [_kernel(), _caller(root), *_namespaces(root), *_namespace_limits(root), _mount_api()]
-    found += [state[0], _overlay(root, place), *_images(root, place), _loop(root), _fuse(root)]
+    state, place = _state_directory()
+    namespaces = list(_namespaces(root))
+    found = [_kernel(), _caller(root), *namespaces, *_namespace_limits(root), state]
+    if root or namespaces[0].state != "missing":
+        found += [_mount_api(), _overlay(root, place)]
+    found += [*_images(root, place), _loop(root), _fuse(root)]
     found += [*_cgroups(), _clone_into_cgroup(), _pidfd(), _shim(), _blkid(), _mke2fs()]
     found += [_seccomp(), _counters(), _private_network(), _checkpoints()]
     return [*found, _trial(place)]
@@ -91,11 +92,14 @@ def _caller(root: bool) -> Check:
 def _namespaces(root: bool) -> Iterator[Check]:
     needs = "no job can be isolated"
     tried = probes.in_child(probes.user_namespace)
-    check = _from("user namespace", tried, "root: only --userns off works" if root else needs, _user_advice(), needed=not root)
+    cost = "only --userns off works" if root else needs
+    check = _from("user namespace", tried._replace(hint=""), cost, _user_advice(), needed=not root)
     if tried.ok and "no subordinate ids" in tried.words:
         advice = "ask your administrator: usermod --add-subuids and --add-subgids, and the package uidmap"
         check = Check("user namespace", "limited", "made, with a single id", "apt, su and --user fail in jobs", advice, True)
     yield check
+    if check.state == "missing":
+        return  # what else is tried takes one
     for kind, flag in probes.NAMESPACES.items():
         tried = probes.in_child(lambda flag=flag: probes.namespace(flag))  # type: ignore[misc]
         advice = f"use a kernel with it, and a user.max_{_limit_name(kind)}_namespaces above 0"
@@ -170,35 +174,12 @@ def _state_directory() -> tuple[Check, str | None]:
         return Check(name, "missing", e.message, "no job can be recorded", e.hint or advice, True), None
     status = os.statvfs(root.path)
     free = status.f_bavail * status.f_frsize
-    detail = f"{root.path} on {file_system_of(root.path)}, {free / (1 << 30):.1f} GiB free"
+    detail = f"{root.path} on {probes.file_system_of(root.path)}, {free / (1 << 30):.1f} GiB free"
     if free < LITTLE_SPACE:
         return Check(
             name, "limited", detail, "jobs have little room to write", "free some, or set IMGRUN_STATE_DIR", True
         ), root.path
     return Check(name, "ok", detail, needed=True), root.path
-
-
-def file_system_of(path: str) -> str:
-    """The type of the file system that holds ``path``, by the mount table."""
-    try:
-        import libmount
-
-        found = libmount.Table("/proc/self/mountinfo").find_mountpoint(path, libmount.MNT_ITER_BACKWARD)
-        return str(found.fstype)
-    except Exception:  # noqa: BLE001 - not installed, or not to be used here: the table is as easily read
-        pass
-    best, kind = "", "an unknown file system"
-    device = os.stat(path).st_dev
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
-            for line in table:
-                before, _, after = line.partition(" - ")
-                fields = before.split()
-                if fields[2] == f"{os.major(device)}:{os.minor(device)}" and len(fields[4]) >= len(best):
-                    best, kind = fields[4], after.split()[0]
-    except OSError:
-        pass
-    return kind
 
 
 def _overlay(root: bool, state: str | None) -> Check:
@@ -257,6 +238,8 @@ def _served(name: str, fstype: str, cost: str) -> Check:
     if server is None:
         return Check(name, "missing", "only root can mount it", cost, "make a squashfs of the image's files")
     program = find_program(server.program)
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return Check(name, "missing", f"{server.program} would serve it by FUSE, which is not available", cost, "see FUSE")
     if program is None:
         return Check(name, "missing", f"{server.program} is not installed", cost, f"install {server.package}")
     return Check(name, "ok", f"served by {program}")
@@ -305,10 +288,11 @@ def _mke2fs() -> Check:
 
 def _blkid() -> Check:
     def probe() -> str:
-        from imgrun.storage.blkid import _library
+        from imgrun.storage.blkid import signature
 
-        _library()
-        return "loaded"
+        with open(__file__, "rb") as f:
+            signature(f.fileno(), 0, os.fstat(f.fileno()).st_size, __file__)
+        return "reads what a file holds"
 
     return _from(
         "libblkid", probes.attempt(probe), "image files cannot be told", "install util-linux's libblkid1", needed=True
@@ -386,7 +370,7 @@ def _checkpoints() -> Check:
     try:
         import imgrun_criu
 
-        return Check(name, "ok", f"CRIU {imgrun_criu.build().get('criu', '')} of imgrun-criu".replace("  ", " "))
+        return Check(name, "ok", f"CRIU {imgrun_criu.build()['version']}, of imgrun-criu")
     except ImportError:
         pass
     except Exception as e:  # noqa: BLE001 - someone else's package: whatever is wrong with it
@@ -401,56 +385,8 @@ def _trial(state: str | None) -> Check:
     name = "a job"
     if state is None:
         return Check(name, "missing", "not tried: there is no state directory", "nothing starts", "see above", True)
-    tried = probes.attempt(lambda: trial_job(state))
-    check = _from(name, tried, "nothing starts", "see what is missing above", needed=True)
-    if tried.ok and tried.words.startswith("warning"):
-        return check._replace(state="limited", cost="see above", advice="see above")
-    return check
-
-
-def trial_job(state: str) -> str:
-    """Start a job by the command line; words about it. Raises HostError with what imgrun said."""
-    import json
-    import shutil
-    import subprocess
-    import sys
-    import tempfile
-    import time
-
-    from imgrun.errors import HostError
-
-    with tempfile.TemporaryDirectory(prefix="doctor-", dir=state) as directory:
-        os.mkdir(f"{directory}/root")
-        # Without arguments it exits with 125 at once; the record tells that from a failure of imgrun's own.
-        shutil.copy(init_shim.program(), f"{directory}/root/probe")
-        os.chmod(f"{directory}/root/probe", 0o755)
-        command = [
-            sys.executable,
-            "-m",
-            "imgrun.cli",
-            "start",
-            "--result",
-            f"{directory}/result",
-            f"{directory}/root",
-            "/probe",
-        ]
-        paths = os.pathsep.join(path for path in sys.path if path)
-        began = time.monotonic()
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
-            env={**os.environ, "PYTHONPATH": paths, "IMGRUN_STATE_DIR": state},
-        )  # fmt: skip
-        took = (time.monotonic() - began) * 1000
-        try:
-            with open(f"{directory}/result", encoding="utf-8") as f:
-                record = json.load(f)
-        except (OSError, ValueError):
-            record = {}
-    if record.get("reason") != "exited" or record.get("exit_code") != 125:
-        said = [line.removeprefix("imgrun: ").strip() for line in done.stderr.splitlines() if line.strip()]
-        raise HostError(record.get("message") or (said[0] if said else "it ended without a word"), record.get("hint"))
-    warnings = record.get("warnings") or []
-    return f"warning: {warnings[0]}" if warnings else f"started and ended, in {took:.0f} ms"
+    tried = probes.attempt(lambda: probes.trial_job(state))
+    return _from(name, tried, "nothing starts", "see what is missing above", needed=True)
 
 
 Reporter = Callable[[str], None]

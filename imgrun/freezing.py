@@ -11,6 +11,7 @@ from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.checkpoint import Subject
 from imgrun.errors import CheckpointError, ImgrunError
+from imgrun.storage.trees import remove_tree
 
 
 class Freezing:
@@ -19,6 +20,7 @@ class Freezing:
     def __init__(self, subject: Subject, target: str, *, leave_running: bool, asker: Channel | None) -> None:
         self.leave_running = leave_running
         self.target = target
+        self.building = checkpoint.building_place(target, subject.id)
         self.asker = asker
         self._channel, theirs = Channel.pair()
         self._pid = os.fork()
@@ -36,6 +38,8 @@ class Freezing:
         received = self._channel.receive()
         self._channel.close()
         os.waitpid(self._pid, 0)
+        if received is None:
+            remove_tree(self.building)
         answer: dict[str, Any] = received[0] if received else {
             "error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"
         }  # fmt: skip

@@ -55,6 +55,33 @@ class Job:
         return cls(start_job(spec, (stdin, stdout, stderr)))
 
     @classmethod
+    def restore(
+        cls,
+        checkpoint: str,
+        *,
+        image: str | None = None,
+        memory: str | None = None,
+        binds: tuple[str, ...] = (),
+        allow: tuple[str, ...] = (),
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> Job:
+        """Continue a job from the checkpoint in this directory and return once it runs; the checkpoint stays as it is.
+
+        ``image``, ``memory`` and ``binds`` (``NEW:DST``) replace what the job had, ``allow`` names refusals of
+        ``imgrun check`` that are to be ignored. Descriptors as of :meth:`start`. Raises RestoreError, and what ``start``
+        raises.
+        """
+        from imgrun import manifest, preflight
+        from imgrun.launcher import start_job
+
+        changes = {"image": image, "memory": memory, "binds": list(binds), "allow": list(allow)}
+        found = preflight.changed(manifest.load(checkpoint), image=image, memory=memory, binds=binds, allow=allow)
+        preflight.require(found, allow)
+        return cls(start_job(found.spec, (stdin, stdout, stderr), {"path": found.path} | changes))
+
+    @classmethod
     def find(cls, wanted: str) -> Job:
         """The job with this name, id, or unique beginning of an id. Raises JobNotFound."""
         return cls(StateRoot().find(wanted))
@@ -274,6 +301,9 @@ def _collect_one(job: JobDir) -> None:
 
     live = job.read("state.json")
     _end_init(live)
+    building = live.get("building")
+    if isinstance(building, str) and building.endswith(f".{job.id}.new"):
+        remove_tree(building)
     remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
     remove_tree(f"{job.path}/scratch")  # first: on a full disk the record needs the room
     keep = bool(job.read("job.json").get("keep"))

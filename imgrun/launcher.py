@@ -108,8 +108,10 @@ def start_detached(spec: JobSpec, *, keep: bool, checkpoint: Checkpoint | None =
 # -- for the library --------------------------------------------------------------------------------------------------
 
 
-def start_job(spec: JobSpec, streams: tuple[int | None, int | None, int | None]) -> JobDir:
-    """Start a job in the background from any process."""
+def start_job(
+    spec: JobSpec, streams: tuple[int | None, int | None, int | None], checkpoint: dict[str, Any] | None = None
+) -> JobDir:
+    """Start a job in the background from any process; with ``checkpoint``, its path and changes, continue that."""
     root = StateRoot()
     collect(root)
     job = root.create(spec.to_dict(), keep=True)
@@ -122,7 +124,7 @@ def start_job(spec: JobSpec, streams: tuple[int | None, int | None, int | None])
                 given = os.open("/dev/null", os.O_RDONLY) if name == "stdin" else open_output(job, name)
                 opened.append(given)
             fds.append(given)
-        _ask_server({"job": job.id, "root": root.path}, fds)
+        _ask_server({"job": job.id, "root": root.path, "checkpoint": checkpoint}, fds)
     except BaseException:
         ready.close()
         job.remove()
@@ -226,10 +228,23 @@ def _serve_one(message: dict[str, Any], fds: list[int]) -> None:
         job = JobDir(StateRoot(message["root"]), message["job"])
         job.lock_fd = lock_fd
         spec = JobSpec.from_dict(job.read("spec.json"))
+        checkpoint = _load(message.get("checkpoint"))
     except (ImgrunError, KeyError, TypeError) as e:
         _report(ready, {"error": "StartError", "message": f"the launcher got a bad request: {e}", "hint": None})
         return
-    supervise(job, spec, Stdio(*streams), ready, keep=True)
+    supervise(job, spec, Stdio(*streams), ready, keep=True, checkpoint=checkpoint)
+
+
+def _load(request: dict[str, Any] | None) -> Checkpoint | None:
+    """The checkpoint that is asked for; whoever asks has looked whether it can be continued."""
+    if request is None:
+        return None
+    from imgrun import manifest, preflight
+
+    return preflight.changed(
+        manifest.load(request["path"]), image=request["image"], memory=request["memory"],
+        binds=tuple(request["binds"]), allow=tuple(request["allow"]),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ Each probe returns words about what it found, or raises OSError or an ImgrunErro
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from imgrun import init_shim
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, ImgrunError
 from imgrun.helper import find_program
@@ -192,7 +196,7 @@ def clone_into_cgroup() -> str:
     group = JobCgroup.create(f"doctor-{os.getpid()}", Limits())
     try:
         if group.clone_into < 0:
-            return "no v2 cgroup for a job"
+            raise HostError("a job gets no v2 cgroup")
         pid = sc.clone(0, group.clone_into)
         if pid == 0:
             os._exit(0)
@@ -207,3 +211,65 @@ def seccomp() -> str:
     security.no_new_privs()
     made.load()
     return "libseccomp loads filters"
+
+
+def file_system_of(path: str) -> str:
+    """The type of the file system that holds ``path``, by the mount table."""
+    try:
+        import libmount
+
+        found = libmount.Table("/proc/self/mountinfo").find_mountpoint(path, libmount.MNT_ITER_BACKWARD)
+        return str(found.fstype)
+    except Exception:  # noqa: BLE001 - not installed, or not to be used here: the table is as easily read
+        pass
+    best, kind = "", "an unknown file system"
+    device = os.stat(path).st_dev
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
+            for line in table:
+                before, _, after = line.partition(" - ")
+                fields = before.split()
+                if fields[2] == f"{os.major(device)}:{os.minor(device)}" and len(fields[4]) >= len(best):
+                    best, kind = fields[4], after.split()[0]
+    except OSError:
+        pass
+    return kind
+
+
+def trial_job(state: str) -> str:
+    """Start a job by the command line; words about it. Raises HostError with what imgrun said."""
+    with tempfile.TemporaryDirectory(prefix="doctor-", dir=state) as directory:
+        os.mkdir(f"{directory}/root")
+        # Without arguments it exits with 125 at once; the record tells that from a failure of imgrun's own.
+        shutil.copy(init_shim.program(), f"{directory}/root/probe")
+        os.chmod(f"{directory}/root/probe", 0o755)
+        command = [
+            sys.executable,
+            "-m",
+            "imgrun.cli",
+            "start",
+            "--result",
+            f"{directory}/result",
+            f"{directory}/root",
+            "/probe",
+        ]
+        paths = os.pathsep.join(path for path in sys.path if path)
+        began = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=PROBE_SECONDS,
+                env={**os.environ, "PYTHONPATH": paths, "IMGRUN_STATE_DIR": state},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise HostError(f"it did not end within {PROBE_SECONDS} s") from None
+        took = (time.monotonic() - began) * 1000
+        try:
+            with open(f"{directory}/result", encoding="utf-8") as f:
+                record = json.load(f)
+        except (OSError, ValueError):
+            record = {}
+    if record.get("reason") != "exited" or record.get("exit_code") != 125:
+        said = [line.removeprefix("imgrun: ").strip() for line in done.stderr.splitlines() if line.strip()]
+        raise HostError(record.get("message") or (said[0] if said else "it ended without a word"), record.get("hint"))
+    warnings = record.get("warnings") or []
+    return f"started and ended, in {took:.0f} ms" + (f"; it warned: {warnings[0]}" if warnings else "")

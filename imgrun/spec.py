@@ -102,6 +102,8 @@ class JobSpec:
     checkpoint_dir: str | None = None
     """Where the job is frozen to on request; a checkpoint found there is continued by ``imgrun start``."""
     checkpoint_signal: int | None = None
+    checkpoint_every: float | None = None
+    """Seconds between checkpoints of the running job."""
     checkpoint_exit_code: int = 85
     # lifecycle
     tty: bool = False
@@ -183,9 +185,11 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         raise SpecError(f"memory is {changes['memory']} bytes", "give at least 1M; units are K, M, G, T")
     if spec.scratch_size is not None and changes["scratch_size"] < 4 << 20:
         raise SpecError(f"scratch-size is {changes['scratch_size']} bytes", "give at least 4M")
-    for key in ("time_limit", "stop_timeout"):
+    for key in ("time_limit", "stop_timeout", "checkpoint_every"):
         value = getattr(spec, key)
         changes[key] = None if value is None else parse_duration(str(value), key.replace("_", "-"))
+    if spec.checkpoint_every is not None and spec.checkpoint_dir is None:
+        raise SpecError("--checkpoint-every needs to know where to", "add --checkpoint-dir DIR")
     changes["cpus"] = _number(spec.cpus, "cpus", 0.01, 100000.0, float)
     changes["cpu_weight"] = _number(spec.cpu_weight, "cpu-weight", 1, 10000, int)
     changes["io_weight"] = _number(spec.io_weight, "io-weight", 1, 10000, int)

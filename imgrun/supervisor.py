@@ -86,6 +86,7 @@ class Supervisor:
         self._message: str | None = None
         self._deadline: float | None = None
         self._kill_at: float | None = None
+        self._freeze_at: float | None = None
         self._terminal: Terminal | None = None
         self._master = -1
         self._launch: Launch | None = None
@@ -183,6 +184,8 @@ class Supervisor:
         self._started_at = now()
         if self.spec.time_limit is not None:
             self._deadline = self._began + self.spec.time_limit
+        if self.spec.checkpoint_every is not None:
+            self._freeze_at = time.monotonic() + self.spec.checkpoint_every
         self._record_state("running")
         if self._on_started is not None:
             self._on_started()
@@ -364,9 +367,19 @@ class Supervisor:
             if running:
                 self._keep_time()
 
+    def _freeze_when_due(self, moment: float) -> None:
+        """The checkpoints of ``--checkpoint-every``: the newest good one stays until the next is complete."""
+        if self._freeze_at is None or moment < self._freeze_at or self._freezing is not None:
+            return
+        assert self.spec.checkpoint_every is not None
+        assert self.spec.checkpoint_dir is not None
+        self._freeze_at = moment + self.spec.checkpoint_every
+        self.freeze(self.spec.checkpoint_dir, leave_running=True, asker=None)
+
     def _patience(self) -> float | None:
         """Milliseconds until the next thing that time decides."""
-        next_at = min((t for t in (self._deadline, self._kill_at) if t is not None), default=None)
+        due = None if self._freezing is not None else self._freeze_at
+        next_at = min((t for t in (self._deadline, self._kill_at, due) if t is not None), default=None)
         return None if next_at is None else max(0.0, (next_at - time.monotonic()) * 1000 + 1)
 
     def _keep_time(self) -> None:
@@ -377,6 +390,7 @@ class Supervisor:
         if self._kill_at is not None and moment >= self._kill_at:
             self._kill_at = None
             self._send(signal.SIGKILL)
+        self._freeze_when_due(moment)
 
     def _stop_signal(self) -> int:
         launch = self._launch
@@ -489,6 +503,8 @@ class Supervisor:
                 self._note(f"no checkpoint: {e.message}")
             return
         self._freezing = Freezing(subject, target, leave_running=leave_running, asker=asker)
+        # For whoever cleans up, if this process is killed.
+        self.job.write("state.json", self.job.read("state.json") | {"building": self._freezing.building})
 
     def _frozen(self) -> None:
         freezing, self._freezing = self._freezing, None

@@ -94,6 +94,7 @@ choice = click.Choice
     "checkpoint",
     option("--checkpoint-dir", metavar="DIR", help="Continue from there when it holds a checkpoint; freeze to it."),
     option("--checkpoint-signal", metavar="SIGNAL", help="Freeze to the checkpoint directory when this signal comes."),
+    option("--checkpoint-every", metavar="DURATION", help="Save it there that often, and let it run on."),
     option("--checkpoint-exit-code", type=int, metavar="N", help="What to exit with then (default: 85)."),
 )
 @group(
@@ -233,7 +234,7 @@ def check_result_file(path: str | None) -> str | None:
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
         "cpuset", "pids", "io_weight", "time_limit", "limits_mode", "userns", "init", "network", "seccomp",
-        "stop_timeout", "checkpoint_exit_code", "pmu")  # fmt: skip
+        "stop_timeout", "checkpoint_every", "checkpoint_exit_code", "pmu")  # fmt: skip
 
 
 def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
