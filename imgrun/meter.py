@@ -33,7 +33,12 @@ class Meter:
         from imgrun.pmu.counters import Counters
 
         directory = self._cgroup.clone_into
-        self._counters = Counters.of_cgroup(directory) if directory >= 0 else Counters.of_process(pid)
+        self._counters = Counters.of_cgroup(directory) if directory >= 0 else None
+        if self._counters is None or "task_clock" in self._counters.refused:
+            # An ordinary user may count his own processes, but mostly not a cgroup (perf_event_paranoid).
+            if self._counters is not None:
+                self._counters.close()
+            self._counters = Counters.of_process(pid)
         if self.spec.pmu == "require":
             self._counters.require_hardware()
 
