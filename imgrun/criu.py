@@ -6,6 +6,7 @@ from the plan. Sources: criu(8), the RPC definitions of its release (images/rpc.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
-from imgrun.errors import CheckpointError, HostError, RestoreError
+from imgrun.errors import CheckpointError, HostError, JobStateError, RestoreError
 from imgrun.isolation import namespaces
 from imgrun.isolation.mounts import NO_ACCESS_TO_DEVICES, new_filesystem
 
@@ -202,6 +203,10 @@ def _clone_aside() -> int:
             return sc.clone(0, pid=first_pid() + aside)
         except FileExistsError:
             continue  # of an earlier one that was killed, and is not reaped yet
+        except OSError as e:
+            if e.errno == errno.ENOMEM:  # what the kernel says when a PID namespace has no init any more
+                raise JobStateError("the job is ending", "see 'imgrun inspect' for how") from e
+            raise
     raise CheckpointError("the job has used up its pids", "end some of its processes")
 
 

@@ -192,9 +192,15 @@ class Launch:
     def _hold_ids(self) -> None:
         if self.spec.userns == "off" or self.rootless:
             return
-        held: HeldMap = userns.hold_range()
+        held: HeldMap = userns.hold_range(wanted=self._earlier_range())
         self._undo.append(held.close)
         self._ids = held.ids
+
+    def _earlier_range(self) -> int | None:
+        """Where the ids began that the job had before it was frozen."""
+        if self.checkpoint is None or not self.checkpoint.manifest["ids"]["uid"]:
+            return None
+        return int(self.checkpoint.manifest["ids"]["uid"][0][1])
 
     def _use_host_ids(self, why: IdMapUnsupported) -> None:
         """The stated fallback where mounts cannot be id-mapped."""

@@ -113,8 +113,11 @@ class HeldMap:
             self._fd = -1
 
 
-def hold_range(directory: str = "/run/imgrun/ids") -> HeldMap:
+def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None) -> HeldMap:
     """Take the first range of 65536 ids that no other live job on this host has, and hold it by a lock in ``directory``.
+
+    The range that starts at ``wanted`` comes before the first: a job that is continued owns files in it, in mounts that
+    show the host's owners.
 
     Two jobs that share host ids could reach each other where only ids are compared (keyrings, abstract sockets' peers,
     per-user limits), so each has its own. Raises HostError when all are taken.
@@ -122,7 +125,7 @@ def hold_range(directory: str = "/run/imgrun/ids") -> HeldMap:
     starts, source = _slots()
     if starts:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        for start in starts:
+        for start in sorted(starts, key=lambda start: (start != wanted, start)):
             fd = os.open(f"{directory}/{start}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -75,7 +75,8 @@ def test_a_writable_image(rig: Rig, images: Images) -> None:
     if not rig.root:
         pytest.skip("without root an image cannot be written to by the kernel")
     rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
-    process = rig.run.foreground("exec 5> /new; echo 1 >&5; echo ready; read go; echo 2 >&5; cat /new", "--writable", "--name", "w")
+    script = "exec 5> /new; echo 1 >&5; echo ready; read go; echo 2 >&5; cat /new"
+    process = rig.run.foreground(script, "--writable", "--name", "w")
     expect(process, "ready")
     refused(rig.run("checkpoint", "--leave-running", "--to", rig.path("c"), "w"), 125, "would change its image")
     target = rig.freeze("w")
