@@ -15,6 +15,7 @@ from imgrun.preflight import Finding, Level
 
 OWN_NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+LISTENING = "0A"
 IPC = (("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues"))
 
 Trouble = tuple[Level, str, str, str]
@@ -101,6 +102,7 @@ def _status(pid: int) -> dict[str, str]:
 
 def _descriptors(pid: int, init: int, rights: bool) -> Iterator[Trouble]:
     root = _mounts(init)
+    connected = set() if rights or _own_network(init) else _connections(pid)
     for fd in os.listdir(f"/proc/{pid}/fd"):
         target = os.readlink(f"/proc/{pid}/fd/{fd}")
         what = f"in descriptor {fd}"
@@ -115,10 +117,30 @@ def _descriptors(pid: int, init: int, rights: bool) -> Iterator[Trouble]:
         elif target.startswith("/dev/") and not target.startswith("/dev/shm/") and target not in PLAIN_DEVICES:
             if _is_device(pid, fd):
                 yield "refused", "device", f"uses the device {target} {what}", "have it close that"
+        elif target in connected:
+            hint = "start the job with --network none or private"
+            yield "refused", "tcp", f"has a TCP connection on the host's network {what}", hint
         elif target.startswith("/") and _mount_of(pid, fd) not in root:
             yield "refused", "outside", f"has {target} from outside of the job open {what}", "have it close that"
         elif target.startswith(("anon_inode:[perf_event]", "anon_inode:kvm", "anon_inode:bpf")):
             yield "refused", "kernel-object", f"uses {target.partition(':')[2]} {what}", "have it close that"
+
+
+def _own_network(init: int) -> bool:
+    return not os.path.samestat(os.stat(f"/proc/{init}/ns/net"), os.stat("/proc/self/ns/net"))
+
+
+def _connections(pid: int) -> set[str]:
+    """The TCP connections of the process's network, as its descriptors name them (proc(5), /proc/net/tcp)."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        try:
+            with open(f"/proc/{pid}/net/{name}", encoding="ascii") as f:
+                rows = [line.split() for line in f][1:]
+        except OSError:
+            continue
+        found |= {f"socket:[{row[9]}]" for row in rows if row[3] != LISTENING}
+    return found
 
 
 def _is_device(pid: int, fd: str) -> bool:

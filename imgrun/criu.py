@@ -362,6 +362,7 @@ KNOWN = (
     ("inotify", "it watches a file by inotify that cannot be found again by its path"),
     ("fanotify", "it watches files by fanotify"),
     ("io_uring", "it uses io_uring"),
+    ("TCP repair mode", "it has a TCP connection on the host's network, which needs --userns off, or a network of its own"),
     ("sysvipc", "it uses System V shared memory, semaphores or message queues"),
     ("Unsupported", "it uses something that CRIU cannot save"),
     ("No space left", "there is no space left for the checkpoint"),
@@ -370,7 +371,7 @@ KNOWN = (
 """What lines of CRIU's log mean to a person."""
 
 
-HARMLESS = ("net: Unexpected error: -1", "can't get apparmor", "Can't open /proc/sys/net/")
+HARMLESS = ("net: Unexpected error: -1", "Can't setup RLIMIT_NOFILE", "can't get apparmor", "Can't open /proc/sys/net/")
 """What CRIU logs as errors while it finds out what the kernel can do."""
 
 

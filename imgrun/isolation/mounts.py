@@ -22,6 +22,7 @@ BESIDE = sc.RESOLVE_IN_ROOT | sc.RESOLVE_NO_MAGICLINKS
 NO_ACCESS_TO_DEVICES = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV
 KERNEL_TREES = ("/proc", "/sys", "/dev")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+DELEGATED = ("cgroup.procs", "cgroup.threads", "cgroup.subtree_control")
 DEVICE_LINKS = (
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -346,7 +347,8 @@ class CgroupView(Operation):
     """/sys/fs/cgroup shows the job's own directories and nothing beside or above them.
 
     On a pure v2 host that is the job's cgroup itself; elsewhere a tmpfs with one directory per hierarchy. Programs that
-    look up their memory or CPU limit find it there. ``writable`` lets an init in the image manage what is below it.
+    look up their memory or CPU limit find it there. ``writable`` lets an init in the image manage what is below its v2
+    cgroup; the limits of that cgroup itself stay read-only, even to the host's own root, and so do v1 hierarchies.
     """
 
     def __init__(self, views: tuple[tuple[str, str], ...], writable: bool) -> None:
@@ -358,9 +360,6 @@ class CgroupView(Operation):
         return f"show the job's own cgroups ({names}) at /sys/fs/cgroup{'' if self.writable else ', read-only'}"
 
     def execute(self, ctx: Context) -> None:
-        attributes = NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC
-        if not self.writable:
-            attributes |= sc.MOUNT_ATTR_RDONLY
         base = -1
         if [name for name, _ in self.views] != [""]:
             base = tmpfs(1 << 16, 0o755, NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC)
@@ -369,12 +368,30 @@ class CgroupView(Operation):
                 os.mkdir(name, 0o755, dir_fd=base)
         for name, path in self.views:
             mount = sc.open_tree(path, sc.OPEN_TREE_CLONE)
-            sc.mount_setattr(mount, set=attributes)
+            writable = self.writable and os.path.exists(f"{path}/cgroup.controllers")
+            read_only = 0 if writable else sc.MOUNT_ATTR_RDONLY
+            sc.mount_setattr(mount, set=NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC | read_only)
             attach(ctx, mount, f"/sys/fs/cgroup/{name}")
+            if writable:
+                _keep_limits(mount)
             os.close(mount)
         if base >= 0:
             sc.mount_setattr(base, set=sc.MOUNT_ATTR_RDONLY)
             os.close(base)
+
+
+def _keep_limits(cgroup: int) -> None:
+    """Cover each file of a v2 cgroup by a read-only mount of itself, but those that dividing it takes (cgroups(7))."""
+    listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=cgroup)
+    names = os.listdir(listed)
+    os.close(listed)
+    for name in names:
+        if name in DELEGATED or not stat.S_ISREG(os.stat(name, dir_fd=cgroup).st_mode):
+            continue
+        file = sc.open_tree(name, sc.OPEN_TREE_CLONE, cgroup)
+        sc.mount_setattr(file, set=sc.MOUNT_ATTR_RDONLY | NO_ACCESS_TO_DEVICES | sc.MOUNT_ATTR_NOEXEC)
+        sc.move_mount(file, name, cgroup)
+        os.close(file)
 
 
 class Dev(Operation):

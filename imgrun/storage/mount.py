@@ -62,18 +62,12 @@ def file_system(
 def directory(fd: int, *, read_only: bool, nosuid: bool = False) -> int:
     """A mount of the directory ``fd`` alone: nothing that is mounted below it, now or later, is seen in it."""
     try:
-        try:
-            mount = sc.clone_mount(fd, recursive=False)
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-            raise ImageFormatError(
-                "a directory with mounts below it can be the image of root's jobs only", "choose a directory without"
-            ) from e
+        mount = sc.clone_mount(fd, recursive=False)
     except OSError as e:
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PrivilegeError("the caller may not mount directories", "run imgrun as root") from e
-        raise HostError(f"the directory cannot be mounted: {e.strerror}", "is it on an unbindable mount?") from e
+        hint = "without root it must have no mounts below it; nobody can use an unbindable mount"
+        raise HostError(f"the directory cannot be mounted: {e.strerror}", hint) from e
     attributes = sc.MOUNT_ATTR_NODEV
     attributes |= sc.MOUNT_ATTR_RDONLY if read_only else 0
     attributes |= sc.MOUNT_ATTR_NOSUID if nosuid else 0

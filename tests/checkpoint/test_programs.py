@@ -47,18 +47,18 @@ db = sqlite3.connect("/root/db"); db.execute("pragma journal_mode=wal"); db.exec
 for n in range(400):
     with db:
         db.executemany("insert into t values (?, ?)", [(n, "x" * 500)] * 20)
-    print("step", flush=True); time.sleep(0.01)
+    print("step", flush=True); time.sleep(0.02)
 print(db.execute("pragma integrity_check").fetchone()[0], db.execute("select count(*), sum(n) from t").fetchone())
 """
 
 C = (Path(__file__).parent / "program.c").read_text()
 
-PIPELINE = "seq 1 400000 | tee /dev/stderr 2>/tmp/copy | sed s/^/x/ | sort | sha256sum; wc -l < /tmp/copy"
+PIPELINE = "seq 1 3000000 | tee /dev/stderr 2>/tmp/copy | sed s/^/x/ | sort | sha256sum; wc -l < /tmp/copy"
 
 MAKE = r"""
 mkdir /b; cd /b
-for i in $(seq 40); do echo "int f$i(void) { return $i; }" > $i.c; done
-printf 'all: $(patsubst %%.c,%%.o,$(wildcard *.c))\n%%.o: %%.c\n\t@gcc -O2 -c $< && sleep 0.1 && echo step\n' > Makefile
+for i in $(seq 60); do echo "int f$i(void) { return $i; }" > $i.c; done
+printf 'all: $(patsubst %%.c,%%.o,$(wildcard *.c))\n%%.o: %%.c\n\t@gcc -O2 -c $< && sleep 0.2 && echo step\n' > Makefile
 make -j2; ls *.o | wc -l
 """
 
@@ -76,7 +76,7 @@ PROGRAMS = {
     "pool": (f"python3 -c '{POOL}'", str(sum(n * n for n in range(400)))),
     "sqlite": (f"python3 -c '{SQLITE}'", f"ok (8000, {20 * sum(range(400))})"),
     "c": (f"cat > /p.c <<'END'\n{C}\nEND\ngcc -O1 -w -o /p /p.c -lpthread -lrt && exec /p", "100 59700 7 1"),
-    "make": (MAKE, "40"),
+    "make": (MAKE, "60"),
     "redis": (REDIS, "All AOF files and manifest are valid"),
 }
 
@@ -111,7 +111,9 @@ def test_a_program_ends_with_the_right_answer(rig: Rig, name: str) -> None:
     for number in range(ROUNDS):
         eventually(lambda job=job: rig.output(job).count("step") > 5, f"{name} makes progress in round {number}")
         rig.freeze(job, "c")
-        (job,) = rig.restore(target, "--detach").stdout.split()
+        done = rig.restore(target, "--detach")
+        assert done.status == 0, done
+        job = done.stdout.strip()
     assert rig.run("wait", job, timeout=200).status == 0, rig.run("logs", job)
     assert rig.output(job)[-1] == answer
 

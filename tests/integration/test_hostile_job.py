@@ -160,6 +160,7 @@ def test_the_scratch_is_closed_to_other_users_of_the_host(
     with tempfile.TemporaryDirectory(prefix="imgrun-state-", dir="/var/tmp") as open_directory:
         os.chmod(open_directory, 0o755)
         state = Path(open_directory) / "state"
+        state.mkdir(mode=0o755)
         monkeypatch.setenv("IMGRUN_STATE_DIR", str(state))
         command = Imgrun(hostile.image)
         script = "cp /bin/attack /bin/evil; chmod 4755 /bin/evil; cp /bin/evil /tmp/evil; chmod 4755 /tmp/evil; sleep 60"
@@ -292,6 +293,25 @@ def test_limits_are_not_the_jobs_to_lift(hostile: Hostile, userns: tuple[str, st
     """
     done = hostile.sh(script, *userns, "--memory", "64M")
     assert set(done.stdout.split()) <= {"open:", "EROFS", "EACCES"}, done
+
+
+def test_an_init_divides_its_cgroup_and_keeps_its_limits(hostile: Hostile, userns: tuple[str, str]) -> None:
+    init = hostile.tree / "sbin/init"
+    init.parent.mkdir()
+    init.write_text("""#!/bin/sh
+        cd /sys/fs/cgroup
+        for file in $(find . -maxdepth 1 -type f -perm -200); do echo $file $(attack append $file); done
+        attack nested read-write /sys/fs/cgroup/cgroup.max.depth
+        mkdir below && echo made && echo 1 > below/cgroup.max.depth && echo set && rmdir below
+    """)
+    init.chmod(0o755)
+    done = Imgrun(hostile.image)("start", *userns, "--init", "image", hostile.image)
+    *files, nested, made, was_set = done.stdout.splitlines()
+    allowed = {file.split()[0] for file in files if file.endswith(" ok")}
+    assert {"./cgroup.procs", "./cgroup.threads", "./cgroup.subtree_control"} == allowed, done
+    assert f"./cgroup.max.depth open: {'EACCES' if userns[1] == 'auto' else 'EROFS'}" in files
+    assert nested == (NO_NESTED if userns[1] == "off" else "remount: EPERM")
+    assert (made, was_set) == ("made", "set")
 
 
 def test_other_hierarchies_are_out_of_reach(hostile: Hostile, userns: tuple[str, str]) -> None:

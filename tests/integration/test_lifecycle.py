@@ -21,6 +21,12 @@ from conftest import records
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 FOREVER = "while :; do sleep 0.05; done"
+UNTIL_GO = "until test -e /tmp/go; do sleep 0.02; done"
+
+
+def go(run: Imgrun, job: str) -> None:
+    """Let a job go on that is at UNTIL_GO."""
+    assert run("exec", job, "touch", "/tmp/go").status == 0
 
 
 def inspect(run: Imgrun, job: str) -> dict[str, object]:
@@ -31,7 +37,7 @@ def inspect(run: Imgrun, job: str) -> dict[str, object]:
 
 
 def test_a_life_in_the_background(run: Imgrun, state_dir: Path) -> None:
-    job = run.background("echo out; echo err >&2; cat; sleep 0.4; exit 3", "--name", "n")
+    job = run.background(f"echo out; echo err >&2; cat; {UNTIL_GO}; exit 3", "--name", "n")
     assert len(job) == 12
     (listed,) = json.loads(run("ps", "--json").stdout)
     assert (listed["id"], listed["name"], listed["state"]) == (job, "n", "running")
@@ -39,6 +45,7 @@ def test_a_life_in_the_background(run: Imgrun, state_dir: Path) -> None:
     header, row = run("ps").stdout.splitlines()
     assert header.split() == ["ID", "NAME", "STATE", "SINCE", "IMAGE", "COMMAND"]
     assert row.split()[:3] == [job, "n", "running"]
+    go(run, "n")
     assert run("wait", job[:5]) == (3, "3\n", "")
     assert run("logs", "n") == (0, "out\n", "err\n")
     assert run("logs", "--stdout", "n") == (0, "out\n", "")
@@ -99,11 +106,11 @@ def test_rm_flag_forgets_the_job(run: Imgrun, state_dir: Path) -> None:
 
 
 def test_logs_follow(run: Imgrun) -> None:
-    job = run.background("for i in 1 2 3 4; do echo $i; sleep 0.2; done; echo last >&2")
+    job = run.background(f"echo 1; {UNTIL_GO}; for i in 2 3 4; do echo $i; sleep 0.1; done; echo last >&2")
     follower = run.popen("logs", "-f", job)
     assert follower.stdout is not None
     assert follower.stdout.readline() == b"1\n"
-    assert run("ps", "-q").stdout != "", "it follows a job that runs"
+    go(run, job)
     stdout, stderr = follower.communicate(timeout=30)
     assert (follower.returncode, stdout, stderr) == (0, b"2\n3\n4\n", b"last\n")
 
@@ -363,7 +370,7 @@ def test_listing_while_jobs_come_and_go(run: Imgrun) -> None:
     for thread in threads:
         thread.start()
     try:
-        for _ in range(15):
+        for _ in range(10):
             for words in (("ps", "-a"), ("ps", "-a", "--json"), ("gc",)):
                 done = run(*words)
                 assert (done.status, done.stderr) == (0, ""), done
