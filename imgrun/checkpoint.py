@@ -149,9 +149,7 @@ class _Saving:
             criu.dump(site, frozen=lambda session: self._frozen(session, ended), log=self.log, kept=kept_log(self.target))
             if not self.leave_running:
                 # Only now: while CRIU was not reaped, the job's PID namespace could not end.
-                poll = select.poll()
-                poll.register(ended, select.POLLIN)
-                poll.poll()
+                _await_end(ended)
         finally:
             for fd in opened:
                 os.close(fd)
@@ -205,7 +203,19 @@ class _Saving:
         self.manifest["statistics"] = {"files_seconds": round(time.monotonic() - began, 6)}
         if not self.leave_running:
             self._write_manifest()
+            self._kill(init)
+
+    def _kill(self, init: int) -> None:
+        """End the job before CRIU hears of it, which would let the tree run on for a moment and change what was saved.
+
+        The end of PID 1 kills all of its namespace at once, so when one process has ended, none of the others runs again.
+        """
+        reaper = os.pidfd_open(self._reaper)
+        try:
             signal.pidfd_send_signal(init, signal.SIGKILL)
+            _await_end(reaper)
+        finally:
+            os.close(reaper)
 
     def _settle_scratch(self) -> None:
         """What is in a file system of its own is in its file only when that is synced."""
@@ -251,6 +261,12 @@ class _Saving:
                 f.write(json.dumps(self.manifest, indent=1) + "\n")
                 f.truncate()
                 os.fsync(f.fileno())
+
+
+def _await_end(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.poll()
 
 
 def memory_mounts(spec: JobSpec) -> list[str]:

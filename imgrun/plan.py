@@ -6,6 +6,7 @@ One plan serves execution, ``--dry-run`` and the debug log.
 from __future__ import annotations
 
 from imgrun.isolation import mounts as m
+from imgrun.isolation import system
 from imgrun.isolation.network import NAMESERVER
 from imgrun.isolation.sources import Bind, HostSys, OtherImage, Source, Union
 from imgrun.spec import JobSpec
@@ -61,20 +62,21 @@ def build_plan(
     ops: list[m.Operation] = [m.Isolate(), m.Scratch()]
     composed = any(isinstance(source, Union) for source in base_sources)
     ops.append(m.Root(ours=composed) if composed or spec.root == "writable" else m.Overlay())
-    ops += [m.Proc(), m.Sys(own_network), m.CgroupView(cgroup_views, writable=spec.init == "image"), m.Dev()]
+    ops += [system.Proc(), system.Sys(own_network)]
+    ops += [system.CgroupView(cgroup_views, writable=spec.init == "image"), system.Dev()]
     if host_ids:
         from imgrun.isolation.security import MASKED_PATHS, READONLY_PATHS
 
-        ops += [m.Hide(path) for path in MASKED_PATHS]
-        ops += [m.Protect(path) for path in READONLY_PATHS]
+        ops += [system.Hide(path) for path in MASKED_PATHS]
+        ops += [system.Protect(path) for path in READONLY_PATHS]
     ops += [m.FromScratch("tmp", "/tmp"), m.FromScratch("var-tmp", "/var/tmp")]
     if spec.init == "image":
         # What systemd would mount if it could; it takes what is there.
         ops += [m.Tmpfs("/run", mode=0o755), m.Tmpfs("/run/lock", size=5 << 20)]
     etc: list[m.Operation] = [
-        m.EtcFile("hostname", f"{hostname}\n".encode()),
-        m.EtcFile("hosts", hosts_file(hostname)),
-        m.EtcFile("resolv.conf", resolv_conf(spec.network)),
+        system.EtcFile("hostname", f"{hostname}\n".encode()),
+        system.EtcFile("hosts", hosts_file(hostname)),
+        system.EtcFile("resolv.conf", resolv_conf(spec.network)),
     ]
     if not again or spec.root == "writable":
         ops += etc

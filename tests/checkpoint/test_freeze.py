@@ -106,6 +106,20 @@ def test_output_is_delivered_once_over_many_rounds(rig: Rig) -> None:
     assert seen + stdout.decode().split() == [*numbers(last), str(last)]
 
 
+def test_nothing_runs_between_the_freeze_and_the_end(rig: Rig) -> None:
+    """A job that prints and writes without a pause says the same in both lives together as in one."""
+    script = "i=0; while [ $i -lt 600000 ]; do i=$((i+1)); echo $i; echo $i >> /log; done; wc -l < /log"
+    job = rig.run.background(script)
+    seen: list[str] = []
+    for _ in range(3):
+        eventually(lambda job=job: len(rig.output(job)) > 100)
+        target = rig.freeze(job)
+        seen += rig.output(job)
+        job = rig.restore(target, "--detach").stdout.strip()
+    rig.run("wait", job)
+    assert seen + rig.output(job) == [*numbers(600000), "600000"]
+
+
 def test_output_that_nobody_has_read_yet(rig: Rig) -> None:
     script = "i=0; while [ $i -lt 30000 ]; do i=$((i+1)); echo $i; done; echo end"
     process = rig.run.foreground(script, "--name", "full")

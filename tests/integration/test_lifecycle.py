@@ -97,6 +97,12 @@ def test_a_detached_job_survives_the_callers_session(run: Imgrun) -> None:
     assert run("logs", job).stdout == "end\n"
 
 
+def test_a_terminal_in_the_background(run: Imgrun) -> None:
+    job = run.background("tty; echo err >&2; read x; echo end", "-t")
+    assert run("wait", job, "--timeout", "20s").status == 0
+    assert run("logs", job).stdout.replace("\r", "").splitlines() == ["/dev/pts/0", "err", "end"]
+
+
 def test_rm_flag_forgets_the_job(run: Imgrun, state_dir: Path) -> None:
     job = run.background("sleep 0.3", "--rm")
     run("wait", job)

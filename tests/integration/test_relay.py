@@ -345,6 +345,20 @@ while True:
 """
 
 
+def test_in_the_background_of_a_terminal(run: Imgrun, terminals: list[Terminal]) -> None:
+    """A shell's background job may not read the terminal; that must not stop or end it."""
+    pid, master = pty.fork()
+    if pid == 0:
+        words = " ".join([*COMMAND, "start", run.image, "--", "sh", "-c", "'sleep 0.3; echo end; exit 3'"])
+        os.execv("/bin/sh", ["sh", "-m", "-c", f"{words} & wait $!; echo status $?"])
+    terminals.append(terminal := Terminal.__new__(Terminal))
+    terminal.pid, terminal.master, terminal.output = pid, master, b""
+    terminal.type(b"typed\r")
+    terminal.until(b"end\r\n")
+    terminal.until(b"status 3\r\n")
+    assert terminal.wait() == 0
+
+
 def test_tty_without_a_terminal_of_our_own(run: Imgrun) -> None:
     done = run.sh("tty; read x; echo got $x", "-t", stdin="words\n")
     assert {"/dev/pts/0", "got words"} <= set(done.stdout.replace("\r", "").splitlines())

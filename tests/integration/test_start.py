@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from command import Imgrun, expect, refused
+from command import Imgrun, eventually, expect, refused
 from conftest import records
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -311,3 +313,15 @@ def test_a_signal_that_the_caller_ignores_is_ignored(run: Imgrun) -> None:
     process.send_signal(signal.SIGHUP)
     stdout, _ = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (0, b"end\n")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_ends_it_cleanly(run: Imgrun, state_dir: Path, signum: signal.Signals) -> None:
+    for i in range(12):
+        process = run.foreground("exec sleep 60", stdin=subprocess.DEVNULL)
+        eventually(lambda: list(state_dir.glob("jobs/*/state.json")))
+        time.sleep(i * 0.003)
+        process.send_signal(signum)
+        _, stderr = process.communicate(timeout=30)
+        assert (process.returncode, stderr) == (128 + signum, b"")
+        assert records(state_dir) == []
