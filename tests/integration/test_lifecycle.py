@@ -98,7 +98,7 @@ def test_a_detached_job_survives_the_callers_session(run: Imgrun) -> None:
 
 
 def test_a_terminal_in_the_background(run: Imgrun) -> None:
-    job = run.background("tty; echo err >&2; read x; echo end", "-t")
+    job = run.background("tty; echo err >&2; echo end", "-t")
     assert run("wait", job, "--timeout", "20s").status == 0
     assert run("logs", job).stdout.replace("\r", "").splitlines() == ["/dev/pts/0", "err", "end"]
 
