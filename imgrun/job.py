@@ -16,6 +16,10 @@ from imgrun.state import JobDir, StateRoot, claim, now, process_start
 from imgrun.storage.trees import remove_tree
 
 
+PATIENCE = 30.0
+"""Seconds that a supervisor may take to answer."""
+
+
 class Job:
     """A job of this user on this host.
 
@@ -232,14 +236,18 @@ class Job:
 
     def remove(self, *, force: bool = False) -> None:
         """Remove the record of a finished job; with ``force``, kill it first. Raises JobStateError when it runs."""
-        if self.running:
-            if not force:
-                raise JobStateError(f"job {self.id} is running", "stop it first, or use --force")
+        if self.running and not force:
+            raise JobStateError(f"job {self.id} is running", "stop it first, or use --force")
+        deadline = time.monotonic() + PATIENCE
+        while self.running:
             try:
                 self.kill()
-                self.wait()
+                self.await_end()
             except JobStateError:
-                pass  # it ended by itself meanwhile
+                # Its supervisor has not begun to listen, or listens no more.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         collect(self._dir.root)
         self._dir.remove()
 

@@ -48,9 +48,8 @@ def test_a_target_that_is_no_place_for_one(rig: Rig, job: str) -> None:
     assert not list(rig.path("").glob("*.new"))
 
 
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
 def test_a_full_and_a_read_only_disk(rig: Rig, job: str) -> None:
-    if not rig.root:
-        pytest.skip("only root can make file systems for this")
     place = rig.make("disk")
     for options, words in (("size=100k", "no space for the checkpoint"), ("ro", "could not be written")):
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=True)

@@ -36,10 +36,16 @@ echo $$ $PWD $MINE $LEFT $(hostname) $(id -u) $HOME; kill -0 $! && echo alive
 """
 
 
-@pytest.mark.parametrize("flags", [(), ("--scratch-size", "32M"), ("--network", "none"), ("--userns", "off")], ids=str)
+ANYONES: tuple[tuple[str, ...], ...] = ((), ("--network", "none"))
+ROOTS: tuple[tuple[str, ...], ...] = (("--scratch-size", "32M"), ("--userns", "off"))
+
+
+@pytest.mark.parametrize(
+    ("rig", "flags"),
+    [*((who, flags) for who in ("root", "user") for flags in ANYONES), *(("root", flags) for flags in ROOTS)],
+    indirect=["rig"], ids=str,
+)  # fmt: skip
 def test_everything_is_as_it_was(rig: Rig, flags: tuple[str, ...]) -> None:
-    if not rig.root and {"off", "--scratch-size"} & set(flags):
-        pytest.skip("only root may do without a user namespace, and mount a file system of its own")
     data = rig.make("data")
     data.chmod(0o777)
     script = FILES.format(
@@ -71,9 +77,8 @@ def test_a_read_only_root(rig: Rig) -> None:
     assert (done.status, done.stdout) == (0, "1\nrefused\n"), done
 
 
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
 def test_a_writable_image(rig: Rig, images: Images) -> None:
-    if not rig.root:
-        pytest.skip("without root an image cannot be written to by the kernel")
     rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
     script = "exec 5> /new; echo 1 >&5; echo ready; read go; echo 2 >&5; cat /new"
     process = rig.run.foreground(script, "--writable", "--name", "w")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -243,7 +244,8 @@ def test_the_launcher_is_killed_again_and_again(image: Path) -> None:
     def shoot() -> None:
         while not stop.is_set():
             for server in launchers():
-                os.kill(server, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(server, signal.SIGKILL)
             time.sleep(0.15)
 
     thread = threading.Thread(target=shoot)
