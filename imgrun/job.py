@@ -183,7 +183,7 @@ class Job:
                 raise TimeoutError(f"job {self.id} still runs")
             time.sleep(0.01)
 
-    def _request(self, patience: float | None = 30.0, /, **message: Any) -> None:
+    def _request(self, patience: float | None = PATIENCE, /, **message: Any) -> None:
         here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             channel = connect(f"/proc/self/fd/{here}/control")
