@@ -15,7 +15,6 @@ from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
 from imgrun.storage.trees import remove_tree
 
-
 PATIENCE = 30.0
 """Seconds that a supervisor may take to answer."""
 
