@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import select
 import signal
-import struct
 import subprocess
 import tarfile
 import time
@@ -29,11 +27,11 @@ from imgrun.isolation import namespaces
 from imgrun.isolation.processes import census, children_of
 from imgrun.isolation.sources import id_map
 from imgrun.manifest import FORMAT, MANIFEST, checksum, describe_files
+from imgrun.relay import bytes_waiting
 from imgrun.spec import JobSpec
 from imgrun.state import now
 from imgrun.storage.trees import remove_tree
 
-FIONREAD = 0x541B
 LAYERS = ("upper", "tmp", "var-tmp")
 LOG = "dump.log"
 
@@ -291,7 +289,7 @@ def _waiting_input(fd_path: str) -> bytes:
     """What is in the job's input pipe, which keeps it. The supervisor adds nothing to it meanwhile."""
     source = os.open(fd_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        (waiting,) = struct.unpack("i", fcntl.ioctl(source, FIONREAD, b"\0" * 4))
+        waiting = bytes_waiting(source)
         if not waiting:
             return b""
         data = os.read(source, waiting)

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 CHUNK = 1 << 18
 IN, OUT = select.POLLIN, select.POLLOUT
 SPLICE_F_MOVE, SPLICE_F_NONBLOCK = 1, 2
-F_SETPIPE_SZ = 1031
+FIONREAD = 0x541B
 TIOCGPTN = 0x80045430
 MSG_DONTWAIT, MSG_NOSIGNAL = 0x40, 0x4000
 
 
 def set_nonblocking(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NONBLOCK)
+
+
+def bytes_waiting(pipe: int) -> int:
+    """What can be read from a pipe at once (FIONREAD, ioctl(2)). Raises OSError for what is not a pipe or the like."""
+    return int.from_bytes(fcntl.ioctl(pipe, FIONREAD, bytes(4)), "little")
 
 
 def own_description(fd: int, flags: int) -> int:
@@ -116,11 +121,21 @@ class Pump:
                 self.close()
 
     def _move_by_splice(self) -> None:
+        if self._few_bytes():
+            self._move_by_copy()
+            return
         n = os.splice(self.source, self.sink, CHUNK, flags=SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
         self._wait_for_sink = False
         self.moved += n
         if n == 0:
             self.close()
+
+    def _few_bytes(self) -> bool:
+        """Whether so little waits in a pipe that moving its page would waste one of the few that the sink has room for."""
+        try:
+            return 0 < bytes_waiting(self.source) < select.PIPE_BUF
+        except OSError:
+            return False
 
     def _move_by_copy(self) -> None:
         if not self._pending:

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <sys/timerfd.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 static int pair[2], udp[2], events, ticks; static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; static long sum;
 static void on_alarm(int s) { (void)s; ticks++; }
@@ -40,7 +41,8 @@ int main(void) {
         /* Once each: of one with a period that has passed unread, CRIU 4.2.1 forgets to start the next. */
         struct itimerspec once = {{0, 0}, {0, 5000000}}; timerfd_settime(tfd, 0, &once, 0);
         unsigned long long x; struct epoll_event got; while (epoll_wait(ep, &got, 1, -1) != 1); read(tfd, &x, 8);
-        printf("step\n"); fflush(stdout); usleep(40000);
+        printf("step\n"); fflush(stdout);
+        struct timespec rest = {0, 50000000}; while (nanosleep(&rest, &rest)); /* the alarms wake it */
     }
     for (int i = 0; i < 3; i++) pthread_join(th[i], 0);
     int st; waitpid(child, &st, 0); printf("%d %ld %d %d\n", good, sum, WEXITSTATUS(st), ticks > 50);

@@ -35,7 +35,7 @@ def square(n):
     return n * n
 with multiprocessing.Pool(3) as pool:
     total = 0
-    for n in pool.imap(square, range(400)):
+    for n in pool.imap(square, range(1000)):
         total += n
         print("step", flush=True)
 print(total)
@@ -64,7 +64,7 @@ make -j2; ls *.o | wc -l
 
 REDIS = """
 redis-server --save '' --appendonly yes --dir /tmp --daemonize yes --port 7777 > /dev/null; sleep 0.5
-for i in $(seq 100); do redis-cli -p 7777 rpush list $i > /dev/null; echo step; sleep 0.01; done
+for i in $(seq 100); do redis-cli -p 7777 rpush list $i > /dev/null; echo step; sleep 0.04; done
 redis-cli -p 7777 lrange list 0 -1 | cmp - /dev/stdin <<END || exit 1
 $(seq 100)
 END
@@ -73,7 +73,7 @@ redis-cli -p 7777 shutdown nosave; redis-check-aof /tmp/appendonlydir/appendonly
 
 PROGRAMS = {
     "numpy": (f"OPENBLAS_NUM_THREADS=2 python3 -c '{NUMPY}'", None),
-    "pool": (f"python3 -c '{POOL}'", str(sum(n * n for n in range(400)))),
+    "pool": (f"python3 -c '{POOL}'", str(sum(n * n for n in range(1000)))),
     "sqlite": (f"python3 -c '{SQLITE}'", f"ok (8000, {20 * sum(range(400))})"),
     "c": (f"cat > /p.c <<'END'\n{C}\nEND\ngcc -O1 -w -o /p /p.c -lpthread -lrt && exec /p", "100 59700 7 1"),
     "make": (MAKE, "60"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -379,10 +380,17 @@ def test_random_kills_of_anything(run: Imgrun, state_dir: Path) -> None:
     chance = random.Random(20240601)
     for _ in range(3):
         jobs = [run.background(STUBBORN, *chance.choice([(), ("--rm",), ("--init", "none")])) for _ in range(4)]
-        targets = [pid for job in jobs for pid in (supervisor_of(run, job), *everyone(init_of(run, job)))]
-        for pid in chance.sample(targets, len(targets) // 2):
-            kill(pid)
+        targets: list[int] = []
+        for job in jobs:
+            for pid in (supervisor_of(run, job), *everyone(init_of(run, job))):
+                with contextlib.suppress(ProcessLookupError):
+                    targets.append(os.pidfd_open(pid))
+        for fd in chance.sample(targets, len(targets) // 2):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
             time.sleep(chance.random() * 0.02)
+        for fd in targets:
+            os.close(fd)
         run("rm", "-fa")
         run("gc")
         assert run("ps", "-aq").stdout == ""

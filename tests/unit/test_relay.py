@@ -296,3 +296,20 @@ def test_own_description_of_a_pipe_without_a_reader() -> None:
     os.close(read)
     os.close(own_description(write, os.O_WRONLY))
     os.close(write)
+
+
+def test_many_small_writes_fill_a_pipe_no_sooner_than_one_large() -> None:
+    """A page moved for every line would fill the sink after sixteen of them, and stall a job that nobody reads yet."""
+    (source, into), (out, sink) = os.pipe(), os.pipe()
+    for fd in (source, sink):
+        set_nonblocking(fd)
+    pump = Pump(source, sink)
+    lines = [b"%05d\n" % number for number in range(1000)]
+    for line in lines:
+        os.write(into, line)
+        for _ in range(2):
+            pump.move()
+    assert os.read(out, 1 << 16) == b"".join(lines)
+    os.close(into)
+    os.close(out)
+    pump.close()
