@@ -314,7 +314,7 @@ def _shim() -> Check:
 
 
 def _cgroups() -> Iterator[Check]:
-    from imgrun.isolation.cgroup_doctor import examine as examine_cgroups
+    from imgrun.isolation.cgroups.doctor import examine as examine_cgroups
 
     try:
         findings = examine_cgroups()

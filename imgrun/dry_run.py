@@ -5,7 +5,7 @@ from __future__ import annotations
 from imgrun import init_shim
 from imgrun.image import probe
 from imgrun.isolation import limits
-from imgrun.isolation.cgroup import check_limits
+from imgrun.isolation.cgroups.cgroup import check_limits
 from imgrun.isolation.sources import RootImage, ScratchDir, Shim
 from imgrun.plan import build_plan
 from imgrun.spec import JobSpec

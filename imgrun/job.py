@@ -304,7 +304,7 @@ def collect(root: StateRoot) -> list[str]:
 
 
 def _collect_one(job: JobDir) -> None:
-    from imgrun.isolation.cgroup import remove_leftovers
+    from imgrun.isolation.cgroups.cgroup import remove_leftovers
 
     live = job.read("state.json")
     _end_init(live)

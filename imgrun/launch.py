@@ -18,7 +18,7 @@ from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitEr
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
-from imgrun.isolation.cgroup import JobCgroup, Limits, check_limits
+from imgrun.isolation.cgroups.cgroup import JobCgroup, Limits, check_limits
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, OtherImage, RootImage, ScratchDir, Shim, Source, Union
 from imgrun.isolation.userns import HeldMap, IdMap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from imgrun.isolation.cgroup import JobCgroup
+from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.result import Usage
 from imgrun.spec import JobSpec
 

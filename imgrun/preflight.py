@@ -210,7 +210,7 @@ def _mounts(spec: JobSpec) -> list[Finding]:
 
 
 def _limits(spec: JobSpec) -> list[Finding]:
-    from imgrun.isolation.cgroup import check_limits
+    from imgrun.isolation.cgroups.cgroup import check_limits
 
     if spec.limits_mode == "best-effort":
         return []

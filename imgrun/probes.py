@@ -190,8 +190,8 @@ def image_format(fstype: str, scratch: str) -> str:
 
 
 def clone_into_cgroup() -> str:
-    from imgrun.isolation.cgroup import JobCgroup
-    from imgrun.isolation.cgroup_limits import Limits
+    from imgrun.isolation.cgroups.cgroup import JobCgroup
+    from imgrun.isolation.cgroups.limits import Limits
 
     group = JobCgroup.create(f"doctor-{os.getpid()}", Limits())
     try:

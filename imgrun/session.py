@@ -20,7 +20,7 @@ from imgrun.environment import login_environment
 from imgrun.errors import ImgrunError, JobStateError, PrivilegeError, StartError
 from imgrun.init_shim import SHIM, StatusReader, StepFailed
 from imgrun.isolation import limits, namespaces, security, userns
-from imgrun.isolation.cgroup import reopen
+from imgrun.isolation.cgroups.cgroup import reopen
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
 from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from imgrun.config import image_path, mount_record
 from imgrun.errors import SpecError
-from imgrun.isolation.cgroup_limits import IoMax, Limits
+from imgrun.isolation.cgroups.limits import IoMax, Limits
 from imgrun.isolation.limits import Rlimit, parse_rlimit
 from imgrun.units import format_cpu_list, parse_cpu_list, parse_duration, parse_size
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from imgrun.config import has_image
 from imgrun.errors import SpecError
-from imgrun.isolation.cgroup_limits import IoMax
+from imgrun.isolation.cgroups.limits import IoMax
 from imgrun.isolation.limits import parse_rlimit
 from imgrun.spec import LIMIT_KEYS, JobSpec, mount_from_dict
 from imgrun.units import parse_size

@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
+from imgrun.building.recipe import FORMATS, TABLES
 from imgrun.errors import ImgrunError
-from imgrun.storage.recipe import FORMATS, TABLES
 
 
 @click.group("image")
@@ -45,8 +45,8 @@ def build(
 
     OUT appears when it is complete. Packages are kept in $IMGRUN_CACHE, by default ~/.cache/imgrun.
     """
-    from imgrun.storage import build as builder
-    from imgrun.storage.recipe import load
+    from imgrun.building import build as builder
+    from imgrun.building.recipe import load
 
     wanted = load(recipe).with_image(format=format_ or "", size=size or "", table=table or "")
     with _interruptible(out):

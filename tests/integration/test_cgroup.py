@@ -20,10 +20,13 @@ import pytest
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, LimitError, StartError
-from imgrun.isolation import cgroup, cgroup_dirs, cgroup_place, cgroup_plan
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation.cgroup import IoMax, JobCgroup, Limits
+from imgrun.isolation.cgroups import cgroup
+from imgrun.isolation.cgroups import dirs as cgroup_dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import place as cgroup_place
+from imgrun.isolation.cgroups import plan as cgroup_plan
+from imgrun.isolation.cgroups.cgroup import IoMax, JobCgroup, Limits
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 

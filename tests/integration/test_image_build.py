@@ -22,10 +22,10 @@ from command import COMMAND, Done, Imgrun, eventually, refused
 
 from images import run as run_tool
 from images import tool
+from imgrun.building.build import Built, build
+from imgrun.building.recipe import Recipe, parse
 from imgrun.errors import HostError, ImageBusy, NoSpace, SpecError
 from imgrun.image import inspect, open_image, probe
-from imgrun.storage.build import Built, build
-from imgrun.storage.recipe import Recipe, parse
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="building images with all owners needs root")
 
@@ -459,7 +459,7 @@ def test_one_that_appears_meanwhile_is_kept(content: Path, place: Path) -> None:
 def test_a_missing_program_is_named_with_its_package(
     program: str, content: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgrun.storage.tools._SYSTEM_PATH", "")
+    monkeypatch.setattr("imgrun.building.tools._SYSTEM_PATH", "")
     monkeypatch.setenv("PATH", str(place / "empty"))
     (place / "empty").mkdir()
     for name in ("rm", "mke2fs", "mmdebstrap", "dnf"):

@@ -14,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgrun.errors import HostError, LimitError, SpecError
-from imgrun.isolation import cgroup, cgroup_dirs, cgroup_place, cgroup_systemd
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation.cgroup import CgroupUsage, IoMax, Limits
-from imgrun.isolation.cgroup_v1 import V1Directory, controls_of
-from imgrun.isolation.cgroup_v2 import V2Directory, parse_pressure, sum_io
+from imgrun.isolation.cgroups import cgroup
+from imgrun.isolation.cgroups import dirs as cgroup_dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import place as cgroup_place
+from imgrun.isolation.cgroups import systemd as cgroup_systemd
+from imgrun.isolation.cgroups.cgroup import CgroupUsage, IoMax, Limits
+from imgrun.isolation.cgroups.v1 import V1Directory, controls_of
+from imgrun.isolation.cgroups.v2 import V2Directory, parse_pressure, sum_io
 
 HYBRID = """\
 23 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw

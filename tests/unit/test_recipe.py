@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgrun.building import cache, mirror, mkfs
+from imgrun.building.base import _apt_error
+from imgrun.building.mirror import AptSource
+from imgrun.building.recipe import FileEntry, ImageOptions, Recipe, Source, load, parse
+from imgrun.building.tools import ToolFailed, Tools
 from imgrun.errors import HostError, ImgrunError, SpecError
-from imgrun.storage import cache, mirror, mkfs
-from imgrun.storage.base import _apt_error
-from imgrun.storage.mirror import AptSource
-from imgrun.storage.recipe import FileEntry, ImageOptions, Recipe, Source, load, parse
-from imgrun.storage.tools import ToolFailed, Tools
 
 IMAGES = Path(__file__).parents[2] / "images"
 SHORTEST = '[source]\ntype = "debian"\nrelease = "trixie"\n'

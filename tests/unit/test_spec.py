@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgrun.errors import SpecError
-from imgrun.isolation.cgroup_limits import IoMax
+from imgrun.isolation.cgroups.limits import IoMax
 from imgrun.isolation.limits import Rlimit
 from imgrun.spec import RESERVED_TARGETS, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imgrun.errors import SpecError
-from imgrun.isolation.cgroup_limits import IoMax
+from imgrun.isolation.cgroups.limits import IoMax
 from imgrun.isolation.limits import Rlimit
 from imgrun.spec import JobSpec, Mount
 from imgrun.specfile import load

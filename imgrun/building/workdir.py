@@ -10,8 +10,8 @@ import stat
 import tempfile
 from collections.abc import Iterator
 
+from imgrun.building.tools import Tools, no_space_in
 from imgrun.errors import HostError, PrivilegeError
-from imgrun.storage.tools import Tools, no_space_in
 
 
 def temporary_place() -> str:

@@ -6,10 +6,10 @@ import errno
 import os
 import uuid
 
+from imgrun.building.recipe import ImageOptions
+from imgrun.building.tools import ToolFailed, Tools, no_space, no_space_in
 from imgrun.errors import HostError
 from imgrun.storage.partitions import ROOT_TYPES
-from imgrun.storage.recipe import ImageOptions
-from imgrun.storage.tools import ToolFailed, Tools, no_space, no_space_in
 
 _SECTOR = 512
 _START = 1 << 20

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation import cgroup_place
-from imgrun.isolation import cgroup_v1 as v1
-from imgrun.isolation.cgroup_limits import Limits
-from imgrun.isolation.cgroup_place import Place
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import place as cgroup_place
+from imgrun.isolation.cgroups import v1 as v1
+from imgrun.isolation.cgroups.limits import Limits
+from imgrun.isolation.cgroups.place import Place
 
 ACCOUNTING = frozenset(("memory", "pids", "io"))
 """What is measured for every job, where the caller may."""

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 
-from imgrun.storage.recipe import Recipe
+from imgrun.building.recipe import Recipe
 
 _UNUSED_SECONDS = 30 * 86400
 _LAYOUT = 1

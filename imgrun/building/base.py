@@ -1,6 +1,6 @@
 """What an image holds before the recipe's own touches: packages of a distribution, a directory, a tar, or busybox.
 
-The slow ones (packages) make a tar, which ``imgrun.storage.cache`` keeps; the others fill a directory.
+The slow ones (packages) make a tar, which ``imgrun.building.cache`` keeps; the others fill a directory.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import re
 
+from imgrun.building import mirror
+from imgrun.building.recipe import Recipe
+from imgrun.building.tools import ToolFailed, Tools, no_space
 from imgrun.errors import HostError, ImgrunError, PrivilegeError, SpecError
-from imgrun.storage import mirror
-from imgrun.storage.recipe import Recipe
-from imgrun.storage.tools import ToolFailed, Tools, no_space
 
 _MMDEBSTRAP_STEPS = {
     "I: running apt-get update": "reading the package lists",

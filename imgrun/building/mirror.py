@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from imgrun.building.tools import ToolFailed, Tools
 from imgrun.errors import HostError
-from imgrun.storage.tools import ToolFailed, Tools
 
 # Suites by which a configured source is recognised as of one or the other distribution, besides this host's own.
 _SUITES = {

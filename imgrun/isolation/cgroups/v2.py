@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 
 from imgrun.errors import LimitError
-from imgrun.isolation import cgroup_dirs as dirs
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation import cgroup_place
-from imgrun.isolation.cgroup_limits import Limits
-from imgrun.isolation.cgroup_usage import CgroupUsage, MemoryEvents, seconds
+from imgrun.isolation.cgroups import dirs as dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import place as cgroup_place
+from imgrun.isolation.cgroups.limits import Limits
+from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents, seconds
 
 IO_WEIGHTS = ("io.weight", "io.bfq.weight")
 """For disks with the I/O cost controller, and for those with the BFQ scheduler: a kernel may have both, one or none."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+from imgrun.building.recipe import ImageOptions, Recipe
+from imgrun.building.tools import ToolFailed, Tools, is_full, no_space, no_space_in
 from imgrun.errors import HostError, ImgrunError, NoSpace, SpecError
 from imgrun.storage import loop, mount
-from imgrun.storage.recipe import ImageOptions, Recipe
-from imgrun.storage.tools import ToolFailed, Tools, is_full, no_space, no_space_in
 
 # Said in full, so that every release of mke2fs makes a file system that every kernel imgrun supports can mount.
 _EXT_FEATURES = {

@@ -10,11 +10,11 @@ import os
 import time
 
 from imgrun.errors import LimitError
-from imgrun.isolation import cgroup_dirs as dirs
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation.cgroup_limits import Limits
-from imgrun.isolation.cgroup_usage import CgroupUsage, MemoryEvents
+from imgrun.isolation.cgroups import dirs as dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups.limits import Limits
+from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
 
 UNLIMITED = -1
 

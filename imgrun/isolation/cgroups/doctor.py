@@ -6,11 +6,11 @@ import os
 from typing import NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation import cgroup_v1 as v1
-from imgrun.isolation.cgroup_limits import Limits
-from imgrun.isolation.cgroup_plan import Plan, plan
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import v1 as v1
+from imgrun.isolation.cgroups.limits import Limits
+from imgrun.isolation.cgroups.plan import Plan, plan
 
 
 class Finding(NamedTuple):

@@ -17,19 +17,19 @@ from collections.abc import Callable, Iterable, Set
 from typing import TYPE_CHECKING
 
 from imgrun.errors import HostError, LimitError
-from imgrun.isolation import cgroup_dirs as dirs
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation import cgroup_place
-from imgrun.isolation import cgroup_v1 as v1
-from imgrun.isolation import cgroup_v2 as v2
-from imgrun.isolation.cgroup_limits import IoMax, Limits
-from imgrun.isolation.cgroup_place import Place
-from imgrun.isolation.cgroup_plan import plan
-from imgrun.isolation.cgroup_usage import CgroupUsage, MemoryEvents
+from imgrun.isolation.cgroups import dirs as dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups import place as cgroup_place
+from imgrun.isolation.cgroups import v1 as v1
+from imgrun.isolation.cgroups import v2 as v2
+from imgrun.isolation.cgroups.limits import IoMax, Limits
+from imgrun.isolation.cgroups.place import Place
+from imgrun.isolation.cgroups.plan import plan
+from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
 
 if TYPE_CHECKING:
-    from imgrun.isolation.cgroup_doctor import Finding
+    from imgrun.isolation.cgroups.doctor import Finding
 
 __all__ = [
     "CgroupUsage",
@@ -410,7 +410,7 @@ def remove_leftovers(paths: Iterable[str]) -> None:
 
 def doctor() -> list[Finding]:
     """What can be limited and measured on this host for a job of this caller, and what to do about the rest."""
-    from imgrun.isolation.cgroup_doctor import examine
+    from imgrun.isolation.cgroups.doctor import examine
 
     return examine()
 

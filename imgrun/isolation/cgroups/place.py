@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation import cgroup_dirs as dirs
-from imgrun.isolation import cgroup_fs as fs
-from imgrun.isolation import cgroup_limits as lim
-from imgrun.isolation.cgroup_limits import Limits
+from imgrun.isolation.cgroups import dirs as dirs
+from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import limits as lim
+from imgrun.isolation.cgroups.limits import Limits
 
 HOST_LEAF = fs.PREFIX + "host"
 """Where processes go that were in a cgroup which must hand out controllers: supervisors, and their neighbours."""
@@ -120,7 +120,7 @@ def choose(tree: fs.Tree, wanted: frozenset[str]) -> Place:
 
 def enter_scope(job_id: str, place: Place) -> Place:
     """Have systemd move this process into a new delegated scope, and return that. Raises LimitError if it does not."""
-    from imgrun.isolation.cgroup_systemd import start_scope
+    from imgrun.isolation.cgroups.systemd import start_scope
 
     parent = os.path.basename(os.path.dirname(place.parent))
     in_user_manager = "/user@" in place.parent

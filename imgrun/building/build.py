@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from imgrun.building import base, cache, mirror, mkfs, partitioned, tree
+from imgrun.building.recipe import Recipe
+from imgrun.building.tools import ToolFailed, Tools, no_space, no_space_in
+from imgrun.building.workdir import temporary_place, workdir
 from imgrun.errors import HostError, ImageBusy, PrivilegeError, SpecError
-from imgrun.storage import base, cache, guest, lock, mirror, mkfs, partitioned, tree
-from imgrun.storage.recipe import Recipe
-from imgrun.storage.tools import ToolFailed, Tools, no_space, no_space_in
-from imgrun.storage.workdir import temporary_place, workdir
+from imgrun.storage import guest, lock
 
 _MAKERS = {"xfs": "mkfs.xfs", "btrfs": "mkfs.btrfs", "squashfs": "mksquashfs", "erofs": "mkfs.erofs"}
 _CACHED = ("debian", "ubuntu", "fedora")
