@@ -20,7 +20,8 @@ from imgrun.errors import HostError, ImgrunError, StartError
 from imgrun.job import collect, finish
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot
-from imgrun.supervisor import Stdio, Supervisor
+from imgrun.streams import Stdio
+from imgrun.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from imgrun.manifest import Checkpoint

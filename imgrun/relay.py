@@ -99,6 +99,8 @@ class Pump:
 
     def move(self) -> None:
         """Move what can be moved now. Called when the awaited event came."""
+        if self.source < 0:
+            return
         try:
             if self._splice and not self._pending:
                 self._move_by_splice()

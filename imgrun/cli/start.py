@@ -166,7 +166,8 @@ def run_foreground(
     from imgrun.job import collect, finish
     from imgrun.relay import own_description
     from imgrun.state import StateRoot
-    from imgrun.supervisor import Stdio, Supervisor
+    from imgrun.streams import Stdio
+    from imgrun.supervisor import Supervisor
 
     terminal = 0 if spec.tty and os.isatty(0) else -1
     root = StateRoot()
