@@ -13,7 +13,7 @@ PROJECT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "command",
-    [("ruff", "check", "--no-cache", "."), ("mypy", "--strict", "imgrun")],
+    [("ruff", "check", "--no-cache", "."), ("mypy", "--strict")],
     ids=lambda command: command[0],
 )
 def test_clean(command: tuple[str, ...]) -> None:
