@@ -226,9 +226,9 @@ def _number(value: Any, what: str, low: float, high: float, kind: type[int] | ty
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None:
-        raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}") from None
+        raise SpecError(f"{what} is {value!r}", f"give a number from {low:.10g} to {high:.10g}") from None
     if not low <= number <= high:
-        raise SpecError(f"{what} is {value!r}", f"give a number from {low:g} to {high:g}")
+        raise SpecError(f"{what} is {value!r}", f"give a number from {low:.10g} to {high:.10g}")
     return number
 
 

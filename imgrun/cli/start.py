@@ -15,19 +15,41 @@ from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse
 
 if TYPE_CHECKING:
     from imgrun.manifest import Checkpoint
+    from imgrun.result import Result
+    from imgrun.schedulers.htcondor import Site as HTCondorSite
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def group(_title: str, *options: Callable[[F], F]) -> Callable[[F], F]:
-    """Add several options to a command; the title is for the reader of this file."""
+TITLES: dict[str, str] = {}
+"""Options by the title they have in the help."""
+
+
+def group(title: str, *options: Callable[[F], F]) -> Callable[[F], F]:
+    """Add several options to a command, under a title of the help."""
 
     def decorate(function: F) -> F:
         for add in reversed(options):
             function = add(function)
+            newest: click.Parameter = function.__click_params__[-1]  # type: ignore[attr-defined]
+            TITLES[newest.name or ""] = title
         return function
 
     return decorate
+
+
+class TitledCommand(click.Command):
+    """A command whose help lists the options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                groups.setdefault(TITLES.get(parameter.name or "", "other"), []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title.capitalize()):
+                formatter.write_dl(records)
 
 
 option = click.option
@@ -35,6 +57,7 @@ choice = click.Choice
 
 
 @click.command(
+    cls=TitledCommand,
     context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
     short_help="Run a command inside an image.",
 )
@@ -96,6 +119,7 @@ choice = click.Choice
     option("--checkpoint-signal", metavar="SIGNAL", help="Freeze to the checkpoint directory when this signal comes."),
     option("--checkpoint-every", metavar="DURATION", help="Save it there that often, and let it run on."),
     option("--checkpoint-exit-code", type=int, metavar="N", help="What to exit with then (default: 85)."),
+    option("--htcondor", is_flag=True, help="Be a job of HTCondor's: its checkpoints, its limits, its attributes."),
 )
 @group(
     "records",
@@ -119,6 +143,7 @@ def start(**flags: Any) -> NoReturn:
     memory did; 125, 126 and 127 for imgrun's own failures, a command that cannot be executed, and one that is not there.
     """
     flags["command"] = command_words(flags["command"])
+    site = htcondor_site(flags) if flags["htcondor"] else None
     spec = spec_from_flags(flags)
     if flags["dry_run"]:
         from imgrun.dry_run import describe
@@ -131,6 +156,9 @@ def start(**flags: Any) -> NoReturn:
         else:
             print("\n".join(lines))
         raise click.exceptions.Exit(0)
+    if site is not None:
+        flags["classad"] = check_result_file(flags["classad"])
+        raise click.exceptions.Exit(site.run(spec, run_foreground, flags, check_result_file(flags["result"])))
     found = None
     if spec.checkpoint_dir is not None:
         from imgrun import manifest
@@ -159,10 +187,28 @@ def start(**flags: Any) -> NoReturn:
     raise click.exceptions.Exit(run_foreground(spec, keep, result_file, flags, checkpoint=found))
 
 
+def htcondor_site(flags: dict[str, Any]) -> HTCondorSite:
+    """Where we are in HTCondor; its checkpoint directory is made, and another is set for the job itself."""
+    from imgrun.schedulers.htcondor import CHECKPOINT, Site
+
+    if flags["detach"]:
+        raise SpecError("a job of HTCondor's is in the foreground", "leave --detach out")
+    site = Site.here(warn, flags["checkpoint_dir"] or CHECKPOINT)
+    flags["checkpoint_dir"] = site.checkpoint
+    return site
+
+
 def run_foreground(
-    spec: JobSpec, keep: bool, result_file: str | None, flags: dict[str, Any], checkpoint: Checkpoint | None = None
+    spec: JobSpec,
+    keep: bool,
+    result_file: str | None,
+    flags: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+    *,
+    at_end: Callable[[Result], None] | None = None,
+    stop_at_checkpoint: bool = False,
 ) -> int:
-    """Be the job's supervisor, and print what is to be said at its end."""
+    """Be the job's supervisor, and print what is to be said at its end, once ``at_end`` has seen it."""
     from imgrun.job import collect, finish
     from imgrun.relay import own_description
     from imgrun.state import StateRoot
@@ -176,9 +222,11 @@ def run_foreground(
     stdio = Stdio(
         own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
     )
-    supervisor = Supervisor(job, spec, stdio, checkpoint=checkpoint)
+    supervisor = Supervisor(job, spec, stdio, checkpoint=checkpoint, stop_at_checkpoint=stop_at_checkpoint)
     result = supervisor.run()
     finish(job, keep=keep)
+    if at_end is not None:
+        at_end(result)
     for warning in result.warnings:
         warn(warning)
     if result.message:
@@ -304,7 +352,8 @@ def parse_environment(words: tuple[str, ...], files: tuple[str, ...]) -> dict[st
             with open(path, encoding="utf-8") as f:
                 lines = f.read().splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise SpecError(f"cannot read the environment file {path}: {e}", "give a text file of NAME=VALUE lines") from e
+            why = e.strerror if isinstance(e, OSError) else "it is not text in UTF-8"
+            raise SpecError(f"cannot read the environment file {path}: {why}", "give a text file of NAME=VALUE lines") from e
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
