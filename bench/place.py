@@ -80,16 +80,16 @@ class Place:
     # -- the root ---------------------------------------------------------------------------------------------------------
 
     def _make_roots(self) -> None:
-        image = self._built("image.toml", f"{HERE}/image.toml") or self._cached_debian()
-        image = image or self._built("busybox.toml", f"{REPOSITORY}/images/busybox.toml")
+        image = self.built("image.toml", f"{HERE}/image.toml") or self._cached_debian()
+        image = image or self.built("busybox.toml", f"{REPOSITORY}/images/busybox.toml")
         if image is None:
             raise CannotMeasure("no image could be built, see above")
         self.image = image
-        self.tree = _once(image.removesuffix(".img") + ".tree", self._unpack)
+        self.tree = once(image.removesuffix(".img") + ".tree", lambda path: self.unpack(image, path))
         if shutil.which("mksquashfs"):
-            self.squashfs = _once(image.removesuffix(".img") + ".squashfs", self._squash)
+            self.squashfs = once(image.removesuffix(".img") + ".squashfs", lambda path: self.squash(self.tree, path))
 
-    def _built(self, name: str, recipe: str) -> str | None:
+    def built(self, name: str, recipe: str) -> str | None:
         """The image that a recipe makes, made now if the recipe changed; None when it cannot be made."""
         with open(recipe, "rb") as f:
             key = hashlib.sha256(f.read()).hexdigest()[:12]
@@ -104,27 +104,28 @@ class Place:
 
     def _cached_debian(self) -> str | None:
         found = sorted(glob(f"{_cache()}/images/debian-*.img"))
-        return _once(f"{self.cache}/debian.img", lambda path: _copy(found[-1], path)) if found else None
+        return once(f"{self.cache}/debian.img", lambda path: _copy(found[-1], path)) if found else None
 
-    def _unpack(self, target: str) -> None:
+    def unpack(self, image: str, target: str) -> None:
+        """Copy all files of an image into a new directory."""
         from imgrun.image import open_image
 
         os.mkdir(target)
-        with open_image(self.image, "read-only") as image:
+        with open_image(image, "read-only") as held:
             # Never in the mount table: what is reached through the descriptor goes with it.
-            root = image.mount()
+            root = held.mount()
             try:
                 source = f"/proc/self/fd/{root}/."
                 subprocess.run(["cp", "--archive", "--", source, target], pass_fds=[root], check=True)
             finally:
                 os.close(root)
 
-    def _squash(self, target: str) -> None:
-        command = ["mksquashfs", self.tree, target, "-noappend", "-quiet", "-no-progress", "-comp", "zstd"]
+    def squash(self, tree: str, target: str) -> None:
+        command = ["mksquashfs", tree, target, "-noappend", "-quiet", "-no-progress", "-comp", "zstd"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def _once(path: str, make: Callable[[str], object]) -> str:
+def once(path: str, make: Callable[[str], object]) -> str:
     """The path, made under another name and renamed unless it is there."""
     if not os.path.exists(path):
         unfinished = f"{path}.{os.getpid()}"

@@ -31,7 +31,7 @@ def attributes(result: Result) -> dict[str, object]:
         "ExitBySignal": by_signal,
         "ExitCode": None if by_signal else result.exit_code,
         "ExitSignal": result.signal if by_signal else None,
-        "HoldReason": result.message if result.reason not in ("exited", "signaled") else None,
+        "HoldReason": result.hold_reason,
         "RemoteWallClockTime": usage.wall_seconds,
         "RemoteUserCpu": usage.user_seconds,
         "RemoteSysCpu": usage.system_seconds,
@@ -50,10 +50,11 @@ def attributes(result: Result) -> dict[str, object]:
 
 def text(result: Result) -> str:
     """The ClassAd in its line form."""
-    return "".join(f"{name} = {_literal(value)}\n" for name, value in attributes(result).items())
+    return "".join(f"{name} = {literal(value)}\n" for name, value in attributes(result).items())
 
 
-def _literal(value: object) -> str:
+def literal(value: object) -> str:
+    """A value as an expression of the ClassAd language."""
     if value is None:
         return "undefined"
     if isinstance(value, bool):

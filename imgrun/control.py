@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from imgrun.channel import Channel, accept, listen
-from imgrun.errors import HostError
+from imgrun.errors import HostError, ImgrunError
 
 Answer = Callable[[dict[str, Any], Channel], dict[str, Any] | None]
 """What does a request; None when the answer comes later, by the channel."""
@@ -55,6 +55,8 @@ class Control:
             os.close(fd)
         try:
             answer = self._answer(message, asker)
+        except ImgrunError as e:
+            answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
         except (KeyError, TypeError, ValueError, OSError) as e:
             answer = {"error": f"malformed request: {e}"}  # whatever was asked, the job goes on
         if answer is not None:

@@ -34,6 +34,10 @@ GHOST_LIMIT = 256 << 20
 """Bytes of an unlinked but open file that is saved with the processes; larger ones make the dump fail."""
 
 
+WATCHED = ("/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/run", "/opt")
+"""Where a file that is watched by inotify is looked for, beside /etc and /var, when the kernel does not say its path."""
+
+
 def toolbox() -> str:
     """The directory with a relocatable CRIU. Raises HostError when it is not installed."""
     try:
@@ -300,6 +304,7 @@ def options(site: Site, log: str) -> Any:
     opts.tcp_established = True
     opts.file_locks = True
     opts.link_remap = True
+    opts.irmap_scan_paths.extend(WATCHED)
     opts.ghost_limit = GHOST_LIMIT
     opts.notify_scripts = True
     opts.cpu_cap = CPU_FEATURES

@@ -39,16 +39,21 @@ class Helper:
             _become(argv, log, keep)
         return cls(pid, os.path.basename(argv[0]), log)
 
-    def await_ready(self, ready: Callable[[], bool], seconds: float) -> bool:
-        """Wait until ``ready``; False when the program ended before, TimeoutError when it takes longer than that."""
+    def await_ready(self, ready: Callable[[], bool], seconds: float, news: int = -1) -> bool:
+        """Wait until ``ready``; False when the program ended before, TimeoutError when it takes longer than that.
+
+        ``news`` is a descriptor whose POLLPRI says that it is worth asking now, such as that of a table of mounts.
+        """
         deadline = time.monotonic() + seconds
         ended = os.pidfd_open(self.pid)
         try:
             poll = select.poll()
             poll.register(ended, select.POLLIN)
+            if news >= 0:
+                poll.register(news, select.POLLPRI)
             pause = 1
             while not ready():
-                if poll.poll(pause):
+                if any(fd == ended for fd, _ in poll.poll(pause)):
                     return False
                 if time.monotonic() > deadline:
                     raise TimeoutError

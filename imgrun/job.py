@@ -15,6 +15,7 @@ from imgrun.spec import JobSpec
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
 from imgrun.storage.trees import remove_tree
 
+CHANGEABLE = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "time_limit")
 PATIENCE = 30.0
 """Seconds that a supervisor may take to answer."""
 
@@ -109,9 +110,9 @@ class Job:
 
     @property
     def state(self) -> str:
-        """``starting``, ``running``, ``finished``, or ``lost`` when its supervisor was killed."""
+        """``starting``, ``running``, ``held`` (``--oom hold``), ``finished``, or ``lost`` when its supervisor was killed."""
         state = str(self._dir.read("state.json").get("state", "starting"))
-        if state in ("starting", "running") and not self.running:
+        if state in ("starting", "running", "held") and not self.running:
             # It may have ended between the two looks.
             state = str(self._dir.read("state.json").get("state", "lost"))
             return state if state == "finished" else "lost"
@@ -128,7 +129,7 @@ class Job:
         record = {"id": self.id} | self._dir.read("job.json")
         record |= {"name": self.name, "state": self.state, "directory": self.directory}
         live = self._dir.read("state.json")
-        for key in ("supervisor", "init", "started_at", "hostname", "cgroups"):
+        for key in ("supervisor", "init", "started_at", "hostname", "cgroups", "hold_reason"):
             record[key] = live.get(key)
         return record | {"spec": self._dir.read("spec.json"), "result": self._dir.read("result.json") or None}
 
@@ -182,7 +183,7 @@ class Job:
                 raise TimeoutError(f"job {self.id} still runs")
             time.sleep(0.01)
 
-    def _request(self, patience: float | None = PATIENCE, /, **message: Any) -> None:
+    def _request(self, patience: float | None = PATIENCE, /, **message: Any) -> dict[str, Any]:
         here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             channel = connect(f"/proc/self/fd/{here}/control")
@@ -203,6 +204,7 @@ class Job:
             raise getattr(errors, answer["error"], JobStateError)(answer["message"], answer["hint"])
         if "error" in answer:
             raise JobStateError(f"job {self.id}: {answer['error']}", "'imgrun inspect' shows its state")
+        return answer
 
     def signal(self, signum: int) -> None:
         """Send a signal to the job's command. SIGKILL ends the whole job. Raises JobStateError when it does not run."""
@@ -232,6 +234,25 @@ class Job:
         self._request(None, request="checkpoint", to=os.path.abspath(to), leave_running=not stop)
         if stop:
             self.await_end()
+
+    def stats(self) -> dict[str, Any]:
+        """What the job uses now: the fields of Usage so far, and ``memory_current``, ``swap_current``, ``pids_current``.
+
+        Raises JobStateError when it does not run.
+        """
+        usage: dict[str, Any] = self._request(request="stats")["usage"]
+        return usage
+
+    def update(self, **limits: Any) -> list[str]:
+        """Change limits of the running job, by the names and in the units of JobSpec; None takes one back.
+
+        A job that is held for memory goes on when it gets more. Returns caveats. Raises LimitError, SpecError,
+        JobStateError.
+        """
+        if unknown := set(limits) - set(CHANGEABLE):
+            raise SpecError(f"{min(unknown)} cannot be changed while the job runs", f"these can: {', '.join(CHANGEABLE)}")
+        self.spec.with_changes(**limits)  # what no host would take is refused here
+        return list(self._request(request="update", changes=limits)["notes"])
 
     def remove(self, *, force: bool = False) -> None:
         """Remove the record of a finished job; with ``force``, kill it first. Raises JobStateError when it runs."""

@@ -32,6 +32,7 @@ from imgrun.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from imgrun.checkpoint import Subject
+    from imgrun.holding import Hold
     from imgrun.manifest import Checkpoint
 
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
@@ -71,6 +72,10 @@ class Launch:
         self._ids: IdMap | None = None
         self._fds: dict[str, int] = {}
         self._filter: security.SeccompFilter | None = None
+
+    @property
+    def has_meter(self) -> bool:
+        return self._cgroup is not None
 
     def mark(self, step: str) -> None:
         """Note how long the step since the last mark took, for ``--timings``."""
@@ -356,6 +361,38 @@ class Launch:
 
     def _cwd(self) -> str:
         return self.spec.workdir or "/"
+
+    # -- limits of the running job -------------------------------------------------------------------------------------
+
+    def hold_when_full(self) -> Hold | None:
+        """For ``--oom hold``, from now on: not while it starts, where nobody could tell why it waits."""
+        if self.spec.oom != "hold":
+            return None
+        from imgrun.holding import Hold
+
+        assert self._cgroup is not None
+        try:
+            return Hold(self.job, self._cgroup)
+        except LimitError as e:
+            if self.spec.limits_mode != "best-effort":
+                raise
+            self.warnings.append(f"it is not held at its memory limit: {e.message}")
+            return None
+
+    def change_limits(self, spec: JobSpec) -> list[str]:
+        """Enforce the limits of ``spec`` from now on. Returns caveats; raises LimitError, with nothing changed."""
+        assert self._cgroup is not None
+        asked = spec.limits()
+        if spec.limits_mode == "best-effort":
+            asked = self._possible(asked)
+        try:
+            return list(self._cgroup.set_limits(asked))
+        except LimitError:
+            try:
+                self._cgroup.set_limits(self.spec.limits())
+            except LimitError:
+                pass  # one that could not be enforced from the beginning
+            raise
 
     # -- freezing and continuing --------------------------------------------------------------------------------------
 

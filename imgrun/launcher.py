@@ -79,7 +79,7 @@ def start_detached(spec: JobSpec, *, keep: bool, checkpoint: Checkpoint | None =
     """Start a job in the background from a process with one thread; returns once its command runs."""
     root = StateRoot()
     collect(root)
-    job = root.create(spec.to_dict(), keep=keep)
+    job = root.create(spec.to_dict(), keep=keep, continues=checkpoint is not None)
     ready, theirs = Channel.pair()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -115,7 +115,7 @@ def start_job(
     """Start a job in the background from any process; with ``checkpoint``, its path and changes, continue that."""
     root = StateRoot()
     collect(root)
-    job = root.create(spec.to_dict(), keep=True)
+    job = root.create(spec.to_dict(), keep=True, continues=checkpoint is not None)
     ready, theirs = Channel.pair()
     opened: list[int] = []
     try:

@@ -1,9 +1,12 @@
 """A complete checkpoint as it is read again: its manifest, who owns it, and whether every byte is still as it was written.
 
     DIR/manifest.json   what it is a checkpoint of, and what it needs; written last
-    DIR/processes/      CRIU's images, and a tar of each memory file system the job could write to
+    DIR/processes/      CRIU's images, and a tar of each memory file system the job could write to; pre-N/ of earlier rounds
     DIR/files/          the job's writable files: upper, tmp, var-tmp; or scratch.img of a sized scratch
+    DIR/files.list      all of these, with sizes and hashes (imgrun.digests)
+    DIR/shim            the program of the job's first two processes
     DIR/stdin           input that the job had been given and not yet read
+    DIR/image.img       a --writable image, where it was to be captured
 
 It is a hostile thing until it is checked: nothing in it is opened through a symbolic link or as anything but a file.
 """
@@ -15,19 +18,21 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
-import threading
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from imgrun.errors import RestoreError
+from imgrun.digests import difference, digests, lines
+from imgrun.errors import ImgrunError, RestoreError
 from imgrun.spec import JobSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 << 20
-PIECE = 8 << 20
-"""Files are hashed in pieces of this size, so that one large file occupies all processors."""
+LIST = "files.list"
+SHIM = "shim"
+IMAGE = "image.img"
+SINGLE = ("stdin", SHIM, LIST, IMAGE)
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 PARTS = ("processes", "files")
@@ -43,20 +48,26 @@ class Checkpoint(NamedTuple):
     """What is to run: as it was saved, with what the caller has changed."""
     shared: bool = False
     """Whether it may be continued although another job was continued from it and still runs."""
+    archive: str | None = None
+    """Where it was unpacked from, for this once: nobody else needs the directory."""
+    image_target: str | None = None
+    """Where its captured image is to be put."""
+    lazy: bool = False
+    """Whether its processes run at once, and their memory follows."""
 
     def hold(self) -> int:
         """Keep others from continuing it, for as long as the descriptor is open. Raises RestoreError."""
-        fd = os.open(self.path, DIRECTORY)
+        fd = os.open(self.archive or self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if self.shared:
             return fd
         try:
-            # On the directory itself: nothing in it is touched.
+            # On the directory, or the archive, itself: nothing in it is touched.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
                 os.close(fd)
                 raise RestoreError(
-                    f"a job that was continued from the checkpoint {self.path} is running",
+                    f"a job that was continued from the checkpoint {self.archive or self.path} is running",
                     "end that one first; or --allow second-copy, when two of it do no harm",
                 ) from e
         return fd
@@ -124,30 +135,59 @@ def foreign_owner(checkpoint: Checkpoint, uid: int) -> str | None:
     return None
 
 
-# -- hashes -----------------------------------------------------------------------------------------------------------
+# -- what is in it ----------------------------------------------------------------------------------------------------
+
+PARENT = re.compile(r"(\.\./)?pre-[0-9]+")
+"""Where CRIU may look for the memory of an earlier round."""
 
 
 def list_files(directory: int) -> list[str]:
-    """The files of a checkpoint that are hashed, by relative paths: all but what the job itself wrote to disk."""
-    names = ["stdin"] if os.access("stdin", os.F_OK, dir_fd=directory) else []
+    """What is hashed one by one, by relative paths: all but what the job itself wrote to disk."""
+    found = [name for name in SINGLE if _kind(directory, name)]
+    for place in _process_directories(directory):
+        here = os.open(place, DIRECTORY, dir_fd=directory)
+        try:
+            names = sorted(os.listdir(here))
+        finally:
+            os.close(here)
+        found += [f"{place}/{name}" for name in names if _kind(directory, f"{place}/{name}") != stat.S_IFDIR]
+    return found
+
+
+def _process_directories(directory: int) -> list[str]:
     processes = os.open("processes", DIRECTORY, dir_fd=directory)
     try:
-        return [*names, *(f"processes/{name}" for name in sorted(os.listdir(processes)))]
+        inner = [name for name in sorted(os.listdir(processes)) if _kind(processes, name) == stat.S_IFDIR]
     finally:
         os.close(processes)
+    return ["processes", *(f"processes/{name}" for name in inner)]
 
 
 def describe_files(path: str) -> dict[str, Any]:
-    """Size and SHA-256 of each hashed file; of a file, that of the SHA-256s of its pieces."""
+    """Size and SHA-256 of each of these files; of a link between rounds, where it leads."""
     directory = os.open(path, DIRECTORY)
     try:
-        return _digests(directory, list_files(directory))
+        return _describe(directory, list_files(directory))
     finally:
         os.close(directory)
 
 
+def _describe(directory: int, names: list[str]) -> dict[str, Any]:
+    links = [name for name in names if _kind(directory, name) == stat.S_IFLNK]
+    found: dict[str, Any] = {name: {"link": os.readlink(name, dir_fd=directory)} for name in links}
+    for name, link in found.items():
+        if not PARENT.fullmatch(link["link"]):
+            raise ValueError(f"{name} leads to {link['link']}")
+    return found | {name: d._asdict() for name, d in digests(directory, [n for n in names if n not in found]).items()}
+
+
+def size_of(files: dict[str, Any]) -> int:
+    """The bytes of all that is described so."""
+    return sum(int(file.get("size", 0)) for file in files.values())
+
+
 def changed_files(checkpoint: Checkpoint) -> list[str]:
-    """A line for each file that is missing, too much, or not what was written."""
+    """A line for each file that is missing, too much, or not what was written; of the job's own, the first such."""
     try:
         directory = os.open(checkpoint.path, DIRECTORY)
     except OSError as e:
@@ -167,12 +207,14 @@ def changed_files(checkpoint: Checkpoint) -> list[str]:
         same = []
         for name in set(there) & set(expected):
             size = os.stat(name, dir_fd=directory, follow_symlinks=False).st_size
-            if size != expected[name]["size"]:
+            if size != expected[name].get("size", size):
                 wrong.append(f"{name} has {size} bytes, not {expected[name]['size']}")
             else:
                 same.append(name)
-        found = _digests(directory, same)
+        found = _describe(directory, same)
         wrong += [f"{name} was changed" for name in same if found[name] != expected[name]]
+        if not wrong and LIST in expected:
+            wrong += _changed_by_list(checkpoint)
     except (OSError, ValueError) as e:
         wrong.append(str(e))
     finally:
@@ -180,68 +222,24 @@ def changed_files(checkpoint: Checkpoint) -> list[str]:
     return sorted(wrong)
 
 
+def _changed_by_list(checkpoint: Checkpoint) -> list[str]:
+    """How the files that the job wrote differ from their list. They may belong to any of its ids."""
+    from imgrun.apart import apart
+
+    def compare() -> str:
+        with open(f"{checkpoint.path}/{LIST}", "rb") as f:
+            files = os.open(f"{checkpoint.path}/files", DIRECTORY)
+            return difference(f, lines(files, checkpoint.manifest["layers"])) or ""
+
+    try:
+        found = apart(compare)
+    except ImgrunError as e:
+        return [e.message]
+    return [f"files/{found}"] if found else []
+
+
 def _kind(directory: int, name: str) -> int:
     try:
         return stat.S_IFMT(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
     except OSError:
         return 0
-
-
-def _digests(directory: int, names: Iterable[str]) -> dict[str, Any]:
-    opened: dict[str, int] = {}
-    pieces: list[tuple[str, int]] = []
-    parts: dict[tuple[str, int], bytes] = {}
-    try:
-        for name in names:
-            opened[name] = os.open(name, FILE, dir_fd=directory)
-            status = os.fstat(opened[name])
-            if not stat.S_ISREG(status.st_mode):
-                raise ValueError(f"{name} is not a file")
-            pieces += [(name, start) for start in range(0, max(status.st_size, 1), PIECE)]
-        failures: list[OSError] = []
-        todo = iter(pieces)
-        threads = [
-            threading.Thread(target=_hash_pieces, args=(opened, todo, parts, failures))
-            for _ in range(min(len(pieces) // 4, len(os.sched_getaffinity(0)) - 1))
-        ]
-        for thread in threads:
-            thread.start()
-        _hash_pieces(opened, todo, parts, failures)
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-        return {name: {"size": os.fstat(fd).st_size, "sha256": _whole(name, parts)} for name, fd in opened.items()}
-    finally:
-        for fd in opened.values():
-            os.close(fd)
-
-
-def _whole(name: str, parts: dict[tuple[str, int], bytes]) -> str:
-    whole = hashlib.sha256()
-    start = 0
-    while (name, start) in parts:
-        whole.update(parts[name, start])
-        start += PIECE
-    return whole.hexdigest()
-
-
-def _hash_pieces(
-    opened: dict[str, int],
-    todo: Iterator[tuple[str, int]],
-    parts: dict[tuple[str, int], bytes],
-    failures: list[OSError],
-) -> None:
-    buffer = bytearray(1 << 20)
-    view = memoryview(buffer)
-    try:
-        for name, start in todo:
-            digest = hashlib.sha256()
-            for place in range(start, start + PIECE, len(buffer)):
-                size = os.preadv(opened[name], [buffer], place)
-                digest.update(view[:size])
-                if size < len(buffer):
-                    break
-            parts[name, start] = digest.digest()
-    except OSError as e:
-        failures.append(e)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,13 @@ from imgrun.spec import JobSpec
 if TYPE_CHECKING:
     import resource
 
+    from imgrun.isolation.cgroups.usage import CgroupUsage
     from imgrun.pmu.counters import Counters
+    from imgrun.sampling import Series
+    from imgrun.verdict import MemoryWatch, Verdict
+
+LEVELS = ("memory_current", "swap_current", "pids_current")
+"""What is of a moment and so not in the record of a finished job."""
 
 
 class Meter:
@@ -20,20 +27,35 @@ class Meter:
 
     def __init__(self, spec: JobSpec, cgroup: JobCgroup, earlier: Mapping[str, Any] | None) -> None:
         self.spec = spec
+        self.memory: MemoryWatch | None = None
+        self.sample_due: float | None = None
+        """When :meth:`sample` is to be called (monotonic clock)."""
         self._cgroup = cgroup
         self._earlier = earlier
         self._counters: Counters | None = None
         self._counted_before: dict[str, int | None] = {}
         self._setup_seconds = (0.0, 0.0)
+        self._init = 0
+        self._series: Series | None = None
 
     def start_counting(self, pid: int) -> None:
-        """Open the performance counters, before the command runs. Raises HostError for ``--pmu require``."""
+        """Watch the job's memory, and open the performance counters, before the command runs.
+
+        Raises HostError for ``--pmu require``.
+        """
+        from imgrun.verdict import MemoryWatch
+
+        self._init = pid
+        self.memory = MemoryWatch(self._cgroup)
         if self.spec.pmu == "off":
             return
         from imgrun.pmu.counters import Counters
 
         directory = self._cgroup.clone_into
         self._counters = Counters.of_cgroup(directory) if directory >= 0 else None
+        if self._counters is not None and self._counters.refused.get("task_clock") == errno.ENOENT and self._cgroup.stir():
+            self._counters.close()
+            self._counters = Counters.of_cgroup(directory)
         if self._counters is None or "task_clock" in self._counters.refused:
             # An ordinary user may count his own processes, but mostly not a cgroup (perf_event_paranoid).
             if self._counters is not None:
@@ -51,32 +73,68 @@ class Meter:
         if self._counters is not None and self._counters.scope == "cgroup":
             self._counted_before = self._counters.read().counts
 
+    def count_restored(self) -> None:
+        """The job's processes came from a checkpoint, and not from its PID 1: count them where that is by process."""
+        if self._counters is not None and self._counters.scope == "inherited":
+            from imgrun.by_process import tasks_below
+
+            self._counters.add_tasks(tasks_below(self._init))
+
     def total(self, wall_seconds: float, reaped: resource.struct_rusage) -> Usage:
         """What the job used: from its cgroup before that goes, and the rest from what the kernel said when it was reaped.
 
         ``reaped`` holds what all its processes used that were waited for, which the job's init does for all orphans.
         """
-        usage = self._measured()
+        usage, _ = self._measured()
         if usage.user_seconds is None:
             usage.source = "rusage"
             usage.user_seconds, usage.system_seconds = reaped.ru_utime, reaped.ru_stime
         if usage.read_bytes is None:
             usage.read_bytes, usage.written_bytes = reaped.ru_inblock * 512, reaped.ru_oublock * 512
-        usage.user_seconds = _less(usage.user_seconds, self._setup_seconds[0])
-        usage.system_seconds = _less(usage.system_seconds, self._setup_seconds[1])
-        self._add_counts(usage)
-        return self._with_earlier(usage, wall_seconds)
+        return self._finished(usage, wall_seconds)
 
     def so_far(self, wall_seconds: float) -> Usage:
-        """What a running job has used, as far as its cgroup tells."""
-        return self._with_earlier(self._measured(), wall_seconds)
+        """What a running job has used, as far as its cgroup tells, and where it has none, its processes."""
+        return self._so_far(wall_seconds)[0]
 
-    def _measured(self) -> Usage:
+    def live(self, wall_seconds: float) -> dict[str, Any]:
+        """As :meth:`so_far`, with the levels of this moment (``LEVELS``) and without the samples, for JSON."""
+        usage, levels = self._so_far(wall_seconds)
+        usage.samples = None
+        return usage.to_dict() | levels
+
+    def _so_far(self, wall_seconds: float) -> tuple[Usage, dict[str, Any]]:
+        usage, measured = self._measured()
+        levels = {name: getattr(measured, name) for name in LEVELS}
+        if usage.user_seconds is None and self._init:
+            from imgrun.by_process import measure
+
+            found = measure(self._init)
+            if found is not None:
+                usage.source = "proc"
+                usage.user_seconds, usage.system_seconds = found.user_seconds, found.system_seconds
+                for name in ("memory_current", "pids_current"):
+                    levels[name] = getattr(found, name) if levels[name] is None else levels[name]
+        return self._finished(usage, wall_seconds), levels
+
+    def _measured(self) -> tuple[Usage, CgroupUsage]:
         usage = Usage(source="cgroup")
         measured = self._cgroup.usage()
         for field in measured._fields:
             if field in Usage.__slots__:
                 setattr(usage, field, getattr(measured, field))
+        return usage, measured
+
+    def _finished(self, usage: Usage, wall_seconds: float) -> Usage:
+        usage.user_seconds = _less(usage.user_seconds, self._setup_seconds[0])
+        usage.system_seconds = _less(usage.system_seconds, self._setup_seconds[1])
+        self._add_counts(usage)
+        usage.wall_seconds = round(wall_seconds, 6)
+        if self._earlier is not None:
+            usage.follow(self._earlier)
+        usage.samples = self._earlier.get("samples") if self._earlier is not None else None
+        if self._series is not None:
+            usage.samples = self._series.to_dict()
         return usage
 
     def _add_counts(self, usage: Usage) -> None:
@@ -86,39 +144,57 @@ class Meter:
 
         found = self._counters.read()
         before = self._counted_before
-        usage.counts = {k: None if v is None else v - (before.get(k) or 0) for k, v in found.counts.items()}
+        usage.counts = {k: None if v is None else max(v - (before.get(k) or 0), 0) for k, v in found.counts.items()}
         usage.rates = rates(usage.counts)._asdict()
         qualities = [found.scope, *(["user"] if found.user_only else []), *(["scaled"] if found.scaled else [])]
         usage.counted = " ".join(qualities)
 
-    def _with_earlier(self, usage: Usage, wall_seconds: float) -> Usage:
-        usage.wall_seconds = round(wall_seconds, 6)
-        if self._earlier is not None:
-            usage.follow(self._earlier)
-        return usage
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def start_sampling(self, moment: float) -> None:
+        """Keep a time series, if the spec asks for one; the first point is due at ``moment``."""
+        if self.spec.sample is not None:
+            from imgrun.sampling import Series
+
+            earlier = self._earlier.get("samples") if self._earlier is not None else None
+            self._series = Series(self.spec.sample, earlier if isinstance(earlier, dict) else None)
+            self.sample_due = moment
+
+    def sample(self, moment: float, wall_seconds: float) -> None:
+        """Take a point of the time series."""
+        assert self._series is not None
+        usage, levels = self._so_far(wall_seconds)
+        counts = usage.counts or {}
+        user, system = usage.user_seconds, usage.system_seconds
+        self._series.add({
+            "wall_seconds": round(wall_seconds, 3),
+            "cpu_seconds": None if user is None or system is None else round(user + system, 6),
+            "memory": levels["memory_current"],
+            "pids": levels["pids_current"],
+            "read_bytes": usage.read_bytes,
+            "written_bytes": usage.written_bytes,
+            "instructions": counts.get("instructions"),
+            "cycles": counts.get("cycles"),
+        })  # fmt: skip
+        # Late ones, as of a stopped machine, are not made up for.
+        due = (self.sample_due or moment) + self._series.interval
+        self.sample_due = due if due > moment else moment + self._series.interval
 
     # -- memory kills -------------------------------------------------------------------------------------------------
 
-    def memory_events(self) -> tuple[int, int] | None:
-        """What to poll to learn of memory kills; None where the kernel does not tell."""
-        source = self._cgroup.memory_event_source()
-        return source if source[0] >= 0 else None
-
-    def acknowledge_memory_event(self) -> None:
-        self._cgroup.acknowledge_memory_event()
-
     def memory_killed(self) -> bool:
-        return bool(self._cgroup.oom_kills())
+        """Whether the kernel killed something of the job for want of memory."""
+        return self.memory is not None and self.memory.killed()
 
-    def memory_verdict(self, usage: Usage) -> tuple[str, str]:
-        """What to tell the user of a memory kill, and what to do."""
-        limit = self.spec.memory
-        peak = f"; its peak was {usage.memory_peak >> 20} MiB" if usage.memory_peak else ""
-        if limit is None:
-            return f"the job was killed for memory by a limit above its own, or the host's{peak}", "ask for more memory"
-        return f"the job ran into its memory limit of {limit >> 20} MiB{peak}", "give a larger --memory"
+    def memory_verdict(self, peak: int | None) -> Verdict:
+        """What to tell the user of that, and what to do. ``peak`` in bytes."""
+        assert self.memory is not None
+        return self.memory.verdict(self.spec.memory, peak if peak is not None else self._cgroup.usage().memory_peak)
 
     def close(self) -> None:
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
         if self._counters is not None:
             self._counters.close()
             self._counters = None

@@ -18,7 +18,7 @@ MEMORY_CODE = 137
 
 @dataclass(slots=True)
 class Usage:
-    """What the job used. Times in seconds, sizes in bytes. ``source`` says how it was measured: cgroup or rusage."""
+    """What the job used. Times in seconds, sizes in bytes. ``source`` says how it was measured: cgroup, rusage or proc."""
 
     wall_seconds: float | None = None
     user_seconds: float | None = None
@@ -27,6 +27,8 @@ class Usage:
     """Everything charged to the job, page cache included."""
     memory_anon: int | None = None
     memory_file: int | None = None
+    memory_shmem: int | None = None
+    """Of that, what is in memory file systems (tmpfs, /dev/shm) and shared memory."""
     memory_kernel: int | None = None
     swap_peak: int | None = None
     read_bytes: int | None = None
@@ -47,7 +49,10 @@ class Usage:
     rates: dict[str, float | None] | None = None
     """Ratios of them: instructions per cycle and the like."""
     counted: str | None = None
-    """What they are of: cgroup or inherited, with ``user`` for user space only and ``scaled`` for extrapolated counts."""
+    """What they are of: cgroup or inherited, with ``user`` for user space only, ``scaled`` for extrapolated counts, and
+    ``partial`` when some were counted in a part of the job's lives only."""
+    samples: dict[str, Any] | None = None
+    """What ``--sample`` kept (imgrun.sampling)."""
     source: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,10 +61,11 @@ class Usage:
     def follow(self, earlier: Mapping[str, Any]) -> None:
         """Go on from what an earlier life of the job has used: sums, and of peaks and levels the larger one.
 
-        Wall time is left as it is. What was not measured in one of the lives counts in the other only.
+        Wall time and samples are left as they are. What was not measured in one of the lives counts in the other only.
         """
+        self._follow_counts(earlier)
         for key, before in earlier.items():
-            if before is None or key in ("wall_seconds", "scratch_bytes", "source") or key not in Usage.__slots__:
+            if key not in Usage.__slots__ or key in NOT_SUMMED or not isinstance(before, int | float):
                 continue
             value = getattr(self, key)
             if value is None:
@@ -67,6 +73,22 @@ class Usage:
             else:
                 is_level = key.endswith("_peak") or (key.startswith("memory_") and not key.endswith("_stalled"))
                 setattr(self, key, max(value, before) if is_level else value + before)
+
+    def _follow_counts(self, earlier: Mapping[str, Any]) -> None:
+        before = earlier.get("counts")
+        if not isinstance(before, dict):
+            return
+        if self.counts is None:
+            self.counts, self.rates, self.counted = before, earlier.get("rates"), earlier.get("counted")
+            return
+        from imgrun.pmu.events import joined
+
+        self.counts, self.rates, partial = joined(before, earlier.get("rates") or {}, self.counts)
+        words = [*(self.counted or "").split(), *str(earlier.get("counted") or "").split(), *(["partial"] if partial else [])]
+        self.counted = " ".join(dict.fromkeys(words))
+
+
+NOT_SUMMED = ("wall_seconds", "scratch_bytes", "source", "counts", "rates", "counted", "samples")
 
 
 @dataclass(slots=True)
@@ -98,6 +120,13 @@ class Result:
     """The error of imgrun.errors with which the job failed to start."""
 
     @property
+    def hold_reason(self) -> str | None:
+        """What a batch system should tell the job's owner, when it was not the command that ended it; else None."""
+        if self.message is None or self.reason in ("exited", "signaled", "stopped", "checkpointed"):
+            return None
+        return self.message if self.hint is None else f"{self.message}; {self.hint}"
+
+    @property
     def exit_status(self) -> int:
         """What ``imgrun start`` exits with."""
         if self.reason == "failed-to-start":
@@ -115,11 +144,12 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
         record["exit_status"] = self.exit_status
+        record["hold_reason"] = self.hold_reason
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Result:
-        known = {k: v for k, v in record.items() if k != "exit_status"}
+        known = {k: v for k, v in record.items() if k not in ("exit_status", "hold_reason")}
         known["usage"] = Usage(**known.get("usage", {}))
         for key in ("command", "warnings"):
             known[key] = tuple(known.get(key, ()))

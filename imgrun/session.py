@@ -213,7 +213,6 @@ def _accompany(
                 os.waitpid(pid, 0)
                 raise getattr(errors, message["error"], StartError)(message["message"], message["hint"])
             streams = fds
-        _check_started(status, command, cwd, user)
         for fd in streams:
             set_nonblocking(fd)
         if len(streams) == 1:
@@ -229,21 +228,26 @@ def _accompany(
             os.close(streams[0])
         for fd, source in enumerate(streams[1:], 1):
             relay.outputs.append(Pump(source, own_description(fd, os.O_WRONLY)))
-        return _loop(pid, relay, wake, terminal, master)
+        code = _loop(pid, relay, wake, terminal, master)
+        if (failed := _why_not_started(status)) is not None:
+            raise init_shim.failure(failed, command, cwd=cwd, user=user)
+        return code
     finally:
         if terminal is not None:
             terminal.restore()
 
 
-def _check_started(status: int, command: tuple[str, ...], cwd: str, user: str) -> None:
-    reader = StatusReader("exec")
-    while True:
-        data = os.read(status, 4096)
-        for record in reader.feed(data):
-            if isinstance(record, StepFailed):
-                raise init_shim.failure(record, command, cwd=cwd, user=user)
-        if not data:
-            return
+def _why_not_started(status: int) -> StepFailed | None:
+    """What the shim reported, read after the end; None when the command ran.
+
+    The pipe's end is not waited for: the job may have got hold of the other side.
+    """
+    os.set_blocking(status, False)
+    try:
+        records = StatusReader("exec").feed(os.read(status, 4096))
+    except BlockingIOError:
+        return None
+    return next((record for record in records if isinstance(record, StepFailed)), None)
 
 
 def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: int) -> int:

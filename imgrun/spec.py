@@ -23,6 +23,7 @@ Network = Literal["host", "none", "private"]
 Seccomp = Literal["off", "default"]
 Pmu = Literal["auto", "off", "require"]
 LimitsMode = Literal["strict", "best-effort"]
+Oom = Literal["kill", "hold"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "root": ("overlay", "writable", "read-only"),
@@ -32,8 +33,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "network": ("host", "none", "private"),
     "seccomp": ("off", "default"),
     "pmu": ("auto", "off", "require"),
+    "oom": ("kill", "hold"),
 }
 LIMIT_KEYS = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "io_max", "time_limit", "rlimits")
+SHORTEST_SAMPLE = 0.1
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 RESERVED_TARGETS = ("/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/mqueue", "/dev/imgrun")
 
@@ -89,6 +92,8 @@ class JobSpec:
     io_max: tuple[IoMax, ...] = ()
     time_limit: float | None = None
     rlimits: tuple[Rlimit, ...] = ()
+    oom: Oom = "kill"
+    """At the memory limit: the job is killed as a whole, or stands still until somebody decides."""
     # isolation
     limits_mode: LimitsMode = "strict"
     """What to do with a limit that this host cannot enforce: refuse the job, or leave the limit out and say so."""
@@ -98,10 +103,13 @@ class JobSpec:
     seccomp: Seccomp = "off"
     # records
     pmu: Pmu = "auto"
+    sample: float | None = None
+    """Seconds between the points of a time series that is kept with the job."""
     # checkpoint
     checkpoint_dir: str | None = None
     """Where the job is frozen to on request; a checkpoint found there is continued by ``imgrun start``."""
-    checkpoint_signal: int | None = None
+    checkpoint_signal: tuple[int, ...] | None = None
+    """The signals that ask for it; a single number is understood as well."""
     checkpoint_every: float | None = None
     """Seconds between checkpoints of the running job."""
     checkpoint_exit_code: int = 85
@@ -185,11 +193,18 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         raise SpecError(f"memory is {changes['memory']} bytes", "give at least 1M; units are K, M, G, T")
     if spec.scratch_size is not None and changes["scratch_size"] < 4 << 20:
         raise SpecError(f"scratch-size is {changes['scratch_size']} bytes", "give at least 4M")
-    for key in ("time_limit", "stop_timeout", "checkpoint_every"):
+    for key in ("time_limit", "stop_timeout", "checkpoint_every", "sample"):
         value = getattr(spec, key)
         changes[key] = None if value is None else parse_duration(str(value), key.replace("_", "-"))
+    if changes["sample"] is not None and changes["sample"] < SHORTEST_SAMPLE:
+        raise SpecError(f"sample is {changes['sample']:g} s", f"give at least {SHORTEST_SAMPLE:g} s")
+    if spec.oom == "hold" and spec.memory is None:
+        raise SpecError("--oom hold holds the job at its memory limit, and it has none", "add --memory SIZE")
     if spec.checkpoint_every is not None and spec.checkpoint_dir is None:
         raise SpecError("--checkpoint-every needs to know where to", "add --checkpoint-dir DIR")
+    signals: Any = spec.checkpoint_signal
+    if signals is not None:
+        changes["checkpoint_signal"] = (signals,) if isinstance(signals, int) else tuple(signals)
     changes["cpus"] = _number(spec.cpus, "cpus", 0.01, 100000.0, float)
     changes["cpu_weight"] = _number(spec.cpu_weight, "cpu-weight", 1, 10000, int)
     changes["io_weight"] = _number(spec.io_weight, "io-weight", 1, 10000, int)

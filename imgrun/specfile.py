@@ -15,7 +15,7 @@ from imgrun.isolation.limits import parse_rlimit
 from imgrun.spec import LIMIT_KEYS, JobSpec, mount_from_dict
 from imgrun.units import parse_size
 
-TEXT = ("image", "name", "hostname", "user", "workdir", "root", "userns", "init", "network", "seccomp", "cpuset")
+TEXT = ("image", "name", "hostname", "user", "workdir", "root", "userns", "init", "network", "seccomp", "cpuset", "oom")
 
 
 def load(path: str) -> dict[str, Any]:
@@ -33,11 +33,11 @@ def load(path: str) -> dict[str, Any]:
 def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
     """Check the parsed table and flatten it into JobSpec's fields."""
     known = {f.name for f in fields(JobSpec)}
-    top = known - set(LIMIT_KEYS) | {"limits"}
+    top = known - {*LIMIT_KEYS, "oom"} | {"limits"}
     _refuse_unknown(data, top, path, "")
     given = {key: value for key, value in data.items() if key not in ("limits", "mounts", "env")}
     limits = _table(data, "limits", path)
-    _refuse_unknown(limits, set(LIMIT_KEYS), path, "limits.")
+    _refuse_unknown(limits, {*LIMIT_KEYS, "oom"}, path, "limits.")
     given.update(limits)
     for key in TEXT:
         if key in given and not isinstance(given[key], str):
@@ -54,7 +54,9 @@ def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
         if key in given:
             from imgrun.signals import parse_signal
 
-            given[key] = parse_signal(str(given[key]))
+            names = given[key]
+            several = isinstance(names, list) and key == "checkpoint_signal"
+            given[key] = tuple(parse_signal(str(name)) for name in names) if several else parse_signal(str(names))
     if "checkpoint_dir" in given:
         given["checkpoint_dir"] = _beside(path, str(given["checkpoint_dir"]))
     if "image" in given:

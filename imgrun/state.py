@@ -176,10 +176,11 @@ class StateRoot:
                 f"chown it to yourself and 'chmod go-w' it, or set IMGRUN_STATE_DIR; it is owned by uid {owner.st_uid}",
             )
 
-    def create(self, spec: dict[str, Any], *, keep: bool) -> JobDir:
+    def create(self, spec: dict[str, Any], *, keep: bool, continues: bool = False) -> JobDir:
         """A new job's directory, held as alive, with its spec and its name.
 
-        ``keep`` says that its record stays after its end until someone removes it. Raises NameInUse.
+        ``keep`` says that its record stays after its end until someone removes it. One that ``continues`` a checkpoint
+        takes its name over from a job that has ended with one. Raises NameInUse.
         """
         self.prepare()
         while True:
@@ -196,7 +197,7 @@ class StateRoot:
         try:
             name = spec.get("name")
             if name is not None:
-                self._take_name(name, job.id)
+                self._take_name(name, job.id, continues)
             job.write("spec.json", spec)
             job.write("job.json", {"id": job.id, "keep": keep, "created_at": now()})
         except BaseException:
@@ -205,7 +206,7 @@ class StateRoot:
             raise
         return job
 
-    def _take_name(self, name: str, job_id: str) -> None:
+    def _take_name(self, name: str, job_id: str, continues: bool) -> None:
         link = f"{self.path}/names/{name}"
         for _ in range(2):
             try:
@@ -213,11 +214,11 @@ class StateRoot:
                 return
             except FileExistsError:
                 holder = self._named(name)
-                if holder is not None:
+                if holder is not None and not (continues and self._frozen(holder)):
                     raise NameInUse(
                         f"the name {name!r} is in use by job {holder}", f"choose another, or 'imgrun rm {name}'"
                     ) from None
-                self._drop_stale(name)
+                self._drop_stale(name, frozen=continues)
             except OSError as e:
                 raise state_error(e, self.path) from e
         raise NameInUse(f"the name {name!r} is in use", "choose another")
@@ -227,12 +228,20 @@ class StateRoot:
         holder = self._linked(f"{self.path}/names/{name}")
         return holder if holder is not None and os.path.isdir(f"{self.path}/jobs/{holder}") else None
 
-    def _drop_stale(self, name: str) -> None:
-        """Remove the name of a job that is no more. One at a time: nobody removes what another has just taken."""
+    def _frozen(self, job_id: str) -> bool:
+        """Whether the job has ended with a checkpoint, so that another may be what continues it."""
+        return JobDir(self, job_id).read("result.json").get("reason") == "checkpointed"
+
+    def _drop_stale(self, name: str, *, frozen: bool) -> None:
+        """Remove the name of a job that is no more. One at a time: nobody removes what another has just taken.
+
+        With ``frozen``, of one that has ended with a checkpoint too: its record is found by its id then.
+        """
         fd = os.open(f"{self.path}/names", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            if self._named(name) is None:
+            holder = self._named(name)
+            if holder is None or (frozen and self._frozen(holder)):
                 os.unlink(f"{self.path}/names/{name}")
         except FileNotFoundError:
             pass

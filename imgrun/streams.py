@@ -10,6 +10,7 @@ from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:
     from imgrun.manifest import Checkpoint
+    from imgrun.verdict import Verdict
 
 
 class Stdio:
@@ -105,6 +106,14 @@ class Streams:
     def source(self) -> int | None:
         """Where input comes from."""
         return next((pump.source for pump in self.relay.inputs), None)
+
+    def tell(self, verdict: Verdict | None) -> None:
+        """Say to whoever sees the job's errors what happened to it while it runs."""
+        if verdict is not None and self._stdio.stderr >= 0:
+            try:
+                os.write(self._stdio.stderr, f"imgrun: {verdict.message}\n  {verdict.hint}\n".encode())
+            except OSError:
+                pass
 
     def failures(self) -> list[str]:
         """What went wrong with the output, in sentences."""

@@ -20,7 +20,7 @@ from imgrun.channel import Channel
 from imgrun.control import Control
 from imgrun.ending import Ending, exit_of
 from imgrun.errors import CheckpointError, HostError, ImgrunError, StartError
-from imgrun.init_shim import Record, StatusReader, StepFailed
+from imgrun.init_shim import Exited, Record, Signaled, StatusReader, StepFailed
 from imgrun.launch import Launch
 from imgrun.result import Reason, Result
 from imgrun.spec import JobSpec
@@ -31,6 +31,7 @@ from imgrun.streams import Stdio, Streams, close_all
 if TYPE_CHECKING:
     from imgrun.freezing import Freezing
     from imgrun.helper import Helper
+    from imgrun.holding import Hold
     from imgrun.manifest import Checkpoint
 
 FORWARDED = tuple(
@@ -53,6 +54,7 @@ class Supervisor:
         *,
         on_started: Callable[[], None] | None = None,
         checkpoint: Checkpoint | None = None,
+        stop_at_checkpoint: bool = False,
     ) -> None:
         self.job = job
         self.spec = spec
@@ -68,10 +70,15 @@ class Supervisor:
         self._kill_at: float | None = None
         self._freeze_at: float | None = None
         self._frozen_to: str | None = None
+        self._end_frozen = False
         self._running = False
         self._launch: Launch | None = None
         self._freezing: Freezing | None = None
         self._checkpoint = checkpoint
+        self._stop_at_checkpoint = stop_at_checkpoint
+        self._hold: Hold | None = None
+        self._sent: set[int] = set()
+        """The signals that somebody has asked us to send."""
 
     # -- the whole life -----------------------------------------------------------------------------------------------
 
@@ -117,6 +124,8 @@ class Supervisor:
                 signal.signal(signum, lambda *_: None)
         for signum in (signal.SIGTTIN, signal.SIGTTOU):
             signal.signal(signum, signal.SIG_IGN)
+        # Those that came while we were not ready yet were held back.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.spec.checkpoint_signal or ())
 
     def _later(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
@@ -161,6 +170,8 @@ class Supervisor:
             if self._checkpoint is not None:
                 self.streams.feed_saved_input(self._checkpoint)
                 launch.continue_from(stdio)
+                launch.meter.count_restored()
+            self._hold = launch.hold_when_full()
         finally:
             close_all(stdio)
         self._began = time.monotonic() - launch.earlier_seconds
@@ -169,6 +180,7 @@ class Supervisor:
             self._deadline = self._began + self.spec.time_limit
         if self.spec.checkpoint_every is not None:
             self._freeze_at = time.monotonic() + self.spec.checkpoint_every
+        launch.meter.start_sampling(time.monotonic())
         self._record_state("running")
         if self._on_started is not None:
             self._on_started()
@@ -233,7 +245,7 @@ class Supervisor:
         assert launch is not None
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
-        memory = launch.meter.memory_events()
+        memory = launch.meter.memory.source() if launch.meter.memory else None
         servers = {os.pidfd_open(helper.pid): helper for helper in launch.servers}
         for pidfd in servers:
             self._later(partial(os.close, pidfd))
@@ -276,9 +288,30 @@ class Supervisor:
     def _memory_event(self) -> None:
         launch = self._launch
         assert launch is not None
-        launch.meter.acknowledge_memory_event()
-        if launch.meter.memory_killed():
+        watch = launch.meter.memory
+        assert watch is not None
+        watch.note_event()
+        self._see_to_memory(time.monotonic())
+
+    def _see_to_memory(self, moment: float) -> None:
+        """After an event: the job as a whole ends with what the kernel killed of it, or waits with what waits for memory."""
+        launch = self._launch
+        assert launch is not None
+        watch = launch.meter.memory
+        if watch is None or watch.due is None or moment < watch.due:
+            return
+        if watch.check(moment):
             self._end("memory-limit")
+        elif self._hold is not None and self._freezing is None and watch.at_own_limit() and self._hold.is_due():
+            usage = launch.meter.so_far(moment - self._began)
+            self._hold.begin(watch.held_verdict(self.spec.memory, usage.memory_peak, self.job.id))
+            self.streams.tell(self._hold.held)
+
+    def _keep_samples(self, moment: float) -> None:
+        launch = self._launch
+        assert launch is not None
+        if launch.meter.sample_due is not None and moment >= launch.meter.sample_due:
+            launch.meter.sample(moment, moment - self._began)
 
     def _freeze_when_due(self, moment: float) -> None:
         """The checkpoints of ``--checkpoint-every``: the newest good one stays until the next is complete."""
@@ -287,12 +320,16 @@ class Supervisor:
         assert self.spec.checkpoint_every is not None
         assert self.spec.checkpoint_dir is not None
         self._freeze_at = moment + self.spec.checkpoint_every
-        self.freeze(self.spec.checkpoint_dir, leave_running=True, asker=None)
+        self.freeze(self.spec.checkpoint_dir, leave_running=not self._stop_at_checkpoint, asker=None)
 
     def _patience(self) -> float | None:
         """Milliseconds until the next thing that time decides."""
         due = None if self._freezing is not None else self._freeze_at
-        next_at = min((t for t in (self._deadline, self._kill_at, due) if t is not None), default=None)
+        launch = self._launch
+        assert launch is not None
+        meter = launch.meter
+        times = (self._deadline, self._kill_at, due, meter.sample_due, meter.memory.due if meter.memory else None)
+        next_at = min((t for t in times if t is not None), default=None)
         return None if next_at is None else max(0.0, (next_at - time.monotonic()) * 1000 + 1)
 
     def _keep_time(self) -> None:
@@ -303,6 +340,8 @@ class Supervisor:
         if self._kill_at is not None and moment >= self._kill_at:
             self._kill_at = None
             self._send(signal.SIGKILL)
+        self._see_to_memory(moment)
+        self._keep_samples(moment)
         self._freeze_when_due(moment)
 
     def _stop_signal(self) -> int:
@@ -315,6 +354,8 @@ class Supervisor:
         if self._reason is None:
             self._reason = reason
         self._kill_at = time.monotonic() + timeout
+        if self._hold is not None:
+            self._hold.give_room(self.spec.limits())
         self._send(signum)
 
     def _end(self, reason: Reason) -> None:
@@ -326,7 +367,10 @@ class Supervisor:
         """Signal the job: its init passes it on to the command. SIGKILL ends the whole job."""
         launch = self._launch
         if launch is not None and launch.pid > 0:
+            self._sent.add(signum)
             os.kill(launch.pid, signum)
+            if signum == signal.SIGKILL and self._hold is not None:
+                self._hold.end()  # what is frozen by cgroup v1 does not even die
 
     def _forward_signals(self) -> None:
         try:
@@ -339,8 +383,8 @@ class Supervisor:
             elif not self._running:
                 if signum in (signal.SIGINT, signal.SIGTERM):
                     self.streams.relay.close()  # the job has ended; only a reader that does not read keeps us
-            elif self.spec.checkpoint_dir is not None and signum == self.spec.checkpoint_signal:
-                self.freeze(self.spec.checkpoint_dir, leave_running=False, asker=None)
+            elif signum in (self.spec.checkpoint_signal or ()):
+                self._freeze_and_end()
             else:
                 if signum == signal.SIGCONT:
                     self.streams.resume()
@@ -359,6 +403,12 @@ class Supervisor:
             case "checkpoint":
                 self.freeze(str(message["to"]), leave_running=bool(message.get("leave_running")), asker=asker)
                 return None
+            case "stats":
+                launch = self._launch
+                assert launch is not None
+                return {"ok": True, "usage": launch.meter.live(time.monotonic() - self._began)}
+            case "update":
+                return {"ok": True, "notes": self._update(message["changes"])}
             case other:
                 return {"error": f"unknown request {other!r}"}
         return {"ok": True}
@@ -380,24 +430,54 @@ class Supervisor:
             else:
                 self._note(f"no checkpoint: {e.message}")
             return
+        if self._hold is not None:
+            self._hold.give_room(self.spec.limits())
         self._freezing = Freezing(subject, target, leave_running=leave_running, asker=asker)
         # For whoever cleans up, if this process is killed.
         self.job.write("state.json", self.job.read("state.json") | {"building": self._freezing.building})
+
+    def _freeze_and_end(self) -> None:
+        """What a checkpoint signal asks for. Schedulers send it more than once, and whatever is being done."""
+        if self._freezing is None and self.spec.checkpoint_dir is not None:
+            self._end_frozen = False
+            self.freeze(self.spec.checkpoint_dir, leave_running=False, asker=None)
+        elif self._freezing is not None and self._freezing.leave_running:
+            self._end_frozen = True  # once that is done
 
     def _frozen(self) -> None:
         freezing, self._freezing = self._freezing, None
         assert freezing is not None
         error = freezing.finish()
+        if self._hold is not None and self._reason is None and (error is not None or freezing.leave_running):
+            self._hold.take_back(self.spec.limits())
         if error is not None:
             self._note(f"checkpoint failed: {error.message}")
         elif not freezing.leave_running:
             self._reason = "checkpointed"
             self._frozen_to = freezing.target
+        if self._end_frozen and self._running:
+            self._freeze_and_end()
+
+    def _update(self, changes: dict[str, Any]) -> list[str]:
+        """Change the limits of the running job; one that is held goes on when it gets more memory. Returns caveats."""
+        launch = self._launch
+        assert launch is not None
+        spec = self.spec.with_changes(**changes)
+        notes = launch.change_limits(spec)
+        more = (spec.memory or 0) > (self.spec.memory or 0) or spec.memory is None
+        self.spec = launch.spec = launch.meter.spec = spec
+        self.job.write("spec.json", spec.to_dict())
+        if "time_limit" in changes:
+            self._deadline = None if spec.time_limit is None else self._began + spec.time_limit
+        if self._hold is not None and more:
+            self._hold.end()
+        return notes
 
     def _signal(self, signum: int) -> None:
         launch = self._launch
         assert launch is not None
         if signum == signal.SIGSTOP and (command := launch.command_pid()):
+            self._sent.add(signum)
             os.kill(command, signum)  # an init cannot pass on what it cannot catch
         else:
             self._send(signum)
@@ -415,7 +495,9 @@ class Supervisor:
         end = exit_of(last, self._wait_status, self.spec.init)
         usage = launch.meter.total(self._ended - self._began, self._reaped)
         usage.scratch_bytes = launch.scratch.used()
-        return self._ending().ended(self._reason, end, usage, self._frozen_to)
+        if self.spec.init == "shim" and not isinstance(last, Exited | Signaled):
+            end = end._replace(reported=False)
+        return self._ending().ended(self._reason, end, usage, self._frozen_to, self._sent)
 
     def _ending(self) -> Ending:
         return Ending(self.job, self.spec, self._launch, self._started_at)

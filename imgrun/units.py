@@ -38,6 +38,17 @@ def parse_size(text: str, what: str = "size") -> int:
     return size
 
 
+def format_size(size: int) -> str:
+    """``size`` bytes as people read them: "16 MiB", "1.5 GiB", "300 KiB", "12 B"."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if value < 1023.5:
+            break
+        value, unit = value / 1024, larger
+    shown = f"{value:.1f}".removesuffix(".0") if value < 99.95 else f"{value:.0f}"
+    return f"{shown} {unit}"
+
+
 def parse_duration(text: str, what: str = "duration") -> float:
     """Seconds: "90", "1.5h", "1h30m", "2d", "500ms". Units are w d h m s ms, largest first, each at most once."""
     hint = "write seconds, or numbers with w, d, h, m, s, ms, as in 90, 10m, 1h30m, 2d"

@@ -38,7 +38,8 @@ def main() -> int:
         return fail("holds no root file system: neither /usr nor /bin nor /sbin")
     for pattern in request["remove"]:
         for path in glob.glob(pattern, include_hidden=True):
-            remove(path)
+            if os.path.lexists(path):  # it may have gone already, by another name: through a linked directory
+                remove(path)
     for path, mode in DIRECTORIES.items():
         if not os.path.lexists(path):
             os.mkdir(path)

@@ -9,11 +9,17 @@ import click
 
 @click.command("doctor", short_help="Say what imgrun needs of this host, and what is missing.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
-def doctor(as_json: bool) -> NoReturn:
+@click.option("--classad", "as_classad", is_flag=True, help="Print what HTCondor's STARTD_CRON advertises of this host.")
+def doctor(as_json: bool, as_classad: bool) -> NoReturn:
     """Try everything that imgrun needs of this host, as you: a line each, and what to do about what is missing.
 
     The exit status is 0 when 'imgrun start' works here, 1 when something is missing that it needs.
     """
+    if as_classad:
+        from imgrun.schedulers.advertise import classad
+
+        print(classad(), end="")
+        raise click.exceptions.Exit(0)
     from imgrun.doctor import examine, report, works
 
     checks = examine()

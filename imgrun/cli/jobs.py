@@ -26,7 +26,7 @@ def ps(everything: bool, quiet: bool, as_json: bool) -> None:
     collect(StateRoot())
     # Without a spec it is not there yet, or no more.
     records = [record for job in Job.all() if (record := job.inspect())["spec"]]
-    shown = [r for r in records if everything or r["state"] in ("starting", "running")]
+    shown = [r for r in records if everything or r["state"] in ("starting", "running", "held")]
     if as_json:
         print(json.dumps(shown, indent=1))
     elif quiet:

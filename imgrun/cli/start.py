@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imgrun.manifest import Checkpoint
     from imgrun.result import Result
     from imgrun.schedulers.htcondor import Site as HTCondorSite
+    from imgrun.schedulers.slurm import Site as SlurmSite
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -95,6 +96,7 @@ choice = click.Choice
     option("--io-max", multiple=True, metavar="DEV:KEY=N", help="Disk bound: /dev/sda:rbps=10M,wiops=100."),
     option("--time-limit", metavar="DURATION", help="Wall time, then the job is stopped; exit status 124."),
     option("--limits", "limits_mode", type=choice(CHOICES["limits_mode"]), help="Refuse limits that cannot be kept, or warn."),
+    option("--oom", type=choice(CHOICES["oom"]), help="At the memory limit: kill the job, or hold it until it is raised."),
     option("--rlimit", multiple=True, metavar="NAME=SOFT[:HARD]", help="A resource limit of each process, as nofile=1024."),
 )
 @group(
@@ -116,16 +118,19 @@ choice = click.Choice
 @group(
     "checkpoint",
     option("--checkpoint-dir", metavar="DIR", help="Continue from there when it holds a checkpoint; freeze to it."),
-    option("--checkpoint-signal", metavar="SIGNAL", help="Freeze to the checkpoint directory when this signal comes."),
+    option("--checkpoint-signal", metavar="SIGNAL,...", help="Freeze to the checkpoint directory when one of these comes."),
     option("--checkpoint-every", metavar="DURATION", help="Save it there that often, and let it run on."),
     option("--checkpoint-exit-code", type=int, metavar="N", help="What to exit with then (default: 85)."),
     option("--htcondor", is_flag=True, help="Be a job of HTCondor's: its checkpoints, its limits, its attributes."),
+    option("--slurm", is_flag=True, help="Be a job of Slurm's: freeze when preempted, be queued again, keep its limits."),
+    option("--grace", metavar="DURATION", help="With --slurm: the time from its first signal to the kill."),
 )
 @group(
     "records",
     option("--result", metavar="FILE", help="Write the result there, as JSON."),
     option("--classad", metavar="FILE", help="Write the result there, as a ClassAd."),
     option("--pmu", type=choice(CHOICES["pmu"]), help="Performance counters: what there is, none, or refuse without."),
+    option("--sample", metavar="DURATION", help="Keep a time series of what the job uses, a point that often."),
     option("--timings", is_flag=True, help="Print what the start spent its time on."),
 )
 @group(
@@ -143,7 +148,7 @@ def start(**flags: Any) -> NoReturn:
     memory did; 125, 126 and 127 for imgrun's own failures, a command that cannot be executed, and one that is not there.
     """
     flags["command"] = command_words(flags["command"])
-    site = htcondor_site(flags) if flags["htcondor"] else None
+    site = htcondor_site(flags) if flags["htcondor"] else slurm_site(flags)
     spec = spec_from_flags(flags)
     if flags["dry_run"]:
         from imgrun.dry_run import describe
@@ -198,6 +203,23 @@ def htcondor_site(flags: dict[str, Any]) -> HTCondorSite:
     return site
 
 
+def slurm_site(flags: dict[str, Any]) -> SlurmSite | None:
+    """The job of Slurm's that we are, when that is said; its checkpoint directory is taken where no other is given."""
+    if not flags["slurm"]:
+        if flags["grace"] is not None:
+            raise SpecError("--grace is about a job of Slurm's", "add --slurm, or leave it out")
+        return None
+    from imgrun.schedulers.slurm import Site
+    from imgrun.units import parse_duration
+
+    if flags["detach"]:
+        raise SpecError("a job of Slurm's is in the foreground", "leave --detach out")
+    grace = None if flags["grace"] is None else parse_duration(flags["grace"], "grace")
+    site = Site(os.environ, warn, grace)
+    flags["default_checkpoint_dir"] = site.checkpoint
+    return site
+
+
 def run_foreground(
     spec: JobSpec,
     keep: bool,
@@ -218,7 +240,7 @@ def run_foreground(
     terminal = 0 if spec.tty and os.isatty(0) else -1
     root = StateRoot()
     collect(root)
-    job = root.create(spec.to_dict(), keep=keep)
+    job = root.create(spec.to_dict(), keep=keep, continues=checkpoint is not None)
     stdio = Stdio(
         own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
     )
@@ -283,7 +305,7 @@ def check_result_file(path: str | None) -> str | None:
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
         "cpuset", "pids", "io_weight", "time_limit", "limits_mode", "userns", "init", "network", "seccomp",
-        "stop_timeout", "checkpoint_every", "checkpoint_exit_code", "pmu")  # fmt: skip
+        "stop_timeout", "checkpoint_every", "checkpoint_exit_code", "pmu", "oom", "sample")  # fmt: skip
 
 
 def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
@@ -321,10 +343,12 @@ def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
         given["tty"] = True
     if flags["checkpoint_dir"] is not None:
         given["checkpoint_dir"] = os.path.abspath(flags["checkpoint_dir"])
+    if flags.get("default_checkpoint_dir") is not None:
+        given.setdefault("checkpoint_dir", flags["default_checkpoint_dir"])
     if flags["checkpoint_signal"] is not None:
         from imgrun.signals import parse_signal
 
-        given["checkpoint_signal"] = parse_signal(flags["checkpoint_signal"])
+        given["checkpoint_signal"] = tuple(map(parse_signal, flags["checkpoint_signal"].split(",")))
         if "checkpoint_dir" not in given:
             raise SpecError("--checkpoint-signal needs to know where to", "add --checkpoint-dir DIR")
     if flags["stop_signal"] is not None:

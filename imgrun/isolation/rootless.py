@@ -149,12 +149,14 @@ def _write_maps(maps: _Maps, pid: int, ready: int, tell: int, say: int) -> NoRet
             status = 0
         elif maps.by_helper:
             status = 0
-            for fd in (1, 2):
-                os.dup2(say, fd)
+            output = [(os.POSIX_SPAWN_DUP2, say, fd) for fd in (1, 2)]
+            running = []
             for helper, ranges in zip(maps.helpers, (maps.uids, maps.gids), strict=True):
                 assert helper is not None
-                words = [str(number) for r in ranges for number in r]
-                status |= os.spawnv(os.P_WAIT, helper, [helper, str(pid), *words])
+                words = [helper, str(pid), *(str(number) for r in ranges for number in r)]
+                running.append(os.posix_spawn(helper, words, os.environ, file_actions=output))
+            for helper_pid in running:
+                status |= os.waitpid(helper_pid, 0)[1]
         else:
             status = 0
     finally:

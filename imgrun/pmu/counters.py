@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from imgrun import syscalls as sc
@@ -44,15 +45,45 @@ class Counters:
         self.refused: dict[str, int] = {}
         """The errno with which the kernel refused an event."""
         self._fds: dict[str, list[int]] = {event.name: [] for event in EVENTS}
+        self._directory = -1
+        self._cpus: set[int] = set()
 
     @classmethod
     def of_cgroup(cls, directory_fd: int) -> Counters:
-        """Count all that runs in the v2 cgroup behind the descriptor. Needs CAP_PERFMON, or a perf_event_paranoid below 1."""
+        """Count all that runs in the v2 cgroup behind the descriptor, which the caller keeps open.
+
+        Needs CAP_PERFMON, or a perf_event_paranoid below 1.
+        """
         made = cls("cgroup")
-        for cpu in online_cpus():
-            for group in GROUPS:
-                made._open_group(group, directory_fd, cpu, sc.PERF_FLAG_PID_CGROUP)
+        made._directory = directory_fd
+        made._follow_hotplug()
         return made
+
+    def _follow_hotplug(self) -> None:
+        """Count on the processors that are there now. Those that have gone keep what they counted."""
+        for cpu in online_cpus():
+            if cpu not in self._cpus:
+                self._cpus.add(cpu)
+                for group in GROUPS:
+                    self._open_group(group, self._directory, cpu, sc.PERF_FLAG_PID_CGROUP)
+
+    def add_tasks(self, tids: Iterable[int]) -> None:
+        """Count threads that run already, from now on, and what will come from them."""
+        for tid in tids:
+            for event in EVENTS:
+                if event.name in self.refused:
+                    continue
+                try:
+                    fd = sc.perf_event_open(
+                        event.type, event.config, tid, -1, -1, 0, inherit=True, enable_on_exec=False,
+                        exclude_kernel=self.user_only and event.name not in IN_KERNEL,
+                    )  # fmt: skip
+                except OSError as e:
+                    if e.errno == errno.ESRCH:
+                        break  # it has just ended
+                    self.refused[event.name] = e.errno or errno.EINVAL
+                    continue
+                self._fds[event.name].append(fd)
 
     @classmethod
     def of_process(cls, pid: int) -> Counters:
@@ -102,21 +133,24 @@ class Counters:
                 )
 
     def read(self) -> Counts:
-        """The counts so far, over all CPUs."""
+        """The counts so far, over all CPUs. An event that got no turn while the job ran was not counted: None."""
+        if self.scope == "cgroup":
+            self._follow_hotplug()
         counts: dict[str, int | None] = {}
         scaled = False
         for name, fds in self._fds.items():
-            if not fds:
-                counts[name] = None
-                continue
-            total = 0.0
-            for fd in fds:
+            total = None if not fds or name in self.refused else 0.0
+            for fd in fds if total is not None else ():
                 value, enabled, running = struct.unpack("QQQ", os.read(fd, 24))
-                if running and running < enabled:
+                if running < enabled:
+                    if not running:
+                        total = None
+                        break
                     scaled = True
                     value = value * enabled / running
+                assert total is not None
                 total += value
-            counts[name] = round(total)
+            counts[name] = None if total is None else round(total)
         return Counts(counts, self.scope, self.user_only, scaled)
 
     def close(self) -> None:

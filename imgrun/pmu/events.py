@@ -52,17 +52,48 @@ class Rates(NamedTuple):
     """Mispredicted branches of all branches."""
 
 
+PARTS = {
+    "ipc": ("instructions", "cycles"),
+    "cache_hit_rate": ("cache_misses", "cache_references"),
+    "branch_instruction_rate": ("branches", "instructions"),
+    "branch_misprediction_rate": ("branch_misses", "branches"),
+}
+"""What each rate is made of: part and whole."""
+
+
 def rates(counts: Mapping[str, int | None]) -> Rates:
     """The rates that ``counts`` allow."""
 
-    def ratio(part: str, whole: str) -> float | None:
-        a, b = counts.get(part), counts.get(whole)
+    def ratio(rate: str) -> float | None:
+        a, b = (counts.get(name) for name in PARTS[rate])
         return None if a is None or not b else a / b
 
-    misses = ratio("cache_misses", "cache_references")
+    misses = ratio("cache_hit_rate")
     return Rates(
-        ipc=ratio("instructions", "cycles"),
+        ipc=ratio("ipc"),
         cache_hit_rate=None if misses is None else max(0.0, 1.0 - misses),
-        branch_instruction_rate=ratio("branches", "instructions"),
-        branch_misprediction_rate=ratio("branch_misses", "branches"),
+        branch_instruction_rate=ratio("branch_instruction_rate"),
+        branch_misprediction_rate=ratio("branch_misprediction_rate"),
     )
+
+
+def joined(
+    earlier: Mapping[str, int | None], earlier_rates: Mapping[str, float | None], later: Mapping[str, int | None]
+) -> tuple[dict[str, int | None], dict[str, float | None], bool]:
+    """The counts of two lives of a job together, their rates, and whether some count is of one of the two only.
+
+    A rate whose two counts are not of the same lives is None.
+    """
+    counts: dict[str, int | None] = {}
+    partial = False
+    for name in {**earlier, **later}:
+        a, b = earlier.get(name), later.get(name)
+        partial = partial or (a is None) != (b is None)
+        counts[name] = b if a is None else a if b is None else a + b
+    found: dict[str, float | None] = rates(counts)._asdict()
+    for rate, names in PARTS.items():
+        uneven = any(len({life.get(name) is None for name in names}) > 1 for life in (earlier, later))
+        was_uneven = rate in earlier_rates and earlier_rates[rate] is None and bool(earlier.get(names[1]))
+        if uneven or was_uneven:
+            found[rate] = None
+    return counts, found, partial

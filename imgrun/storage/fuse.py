@@ -14,6 +14,10 @@ from imgrun.helper import Helper, find_program
 
 START_SECONDS = 20.0
 OPTIONS = "allow_other,default_permissions"
+FOREVER = "attr_timeout=1e6,entry_timeout=1e6,negative_timeout=1e6"
+READ_ONLY_EXT4 = "ro,norecovery,no_default_opts,kernel_cache," + FOREVER
+"""The kernel keeps names and attributes. By itself fuse2fs asks for the latter to be forgotten at once: stat(2) takes 5 times
+as long."""
 
 
 class Kind(NamedTuple):
@@ -53,19 +57,27 @@ def serve(fstype: str, fd: int, offset: int, *, writable: bool, directory: str, 
     check_device()
     target = f"{directory}/image"
     os.mkdir(target, 0o700)
-    mode = "rw" if writable else "ro,norecovery"
+    mode = "rw" if writable else READ_ONLY_EXT4 + (",use_ino" if _uses_libfuse_2(program) else "")
     words = {"path": f"/proc/self/fd/{fd}", "offset": str(offset), "target": target, "mode": mode}
     argv = [program, *(argument.format_map(words) for argument in kind.arguments)]
     return start(argv, target, f"{directory}/fuse.log", name, keep=(fd,))
 
 
+def _uses_libfuse_2(program: str) -> bool:
+    """Whether inode numbers must be asked for to be those of the image; libfuse 3 does not know the option."""
+    with open(program, "rb") as f:
+        return b"libfuse.so.2" in f.read()
+
+
 def start(argv: list[str], target: str, log: str, name: str, keep: tuple[int, ...] = ()) -> tuple[int, Helper]:
     """Run a file server that mounts itself on ``target``; returns the mount, taken off there again, and the server."""
     before = os.stat(target).st_dev
+    # It tells of every change by POLLPRI (proc_pid_mountinfo(5)).
+    mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
     server = Helper.run(argv, log, keep)
     try:
         try:
-            if not server.await_ready(lambda: os.stat(target).st_dev != before, START_SECONDS):
+            if not server.await_ready(lambda: os.stat(target).st_dev != before, START_SECONDS, mounts):
                 raise ImageDamaged(f"{name}: {server.program} refused it: {server.last_words()}", "check the image")
         except TimeoutError:
             raise HostError(f"{server.program} did not serve {name} within {START_SECONDS:g} s", f"see {log}") from None
@@ -80,6 +92,8 @@ def start(argv: list[str], target: str, log: str, name: str, keep: tuple[int, ..
     except BaseException:
         server.close()
         raise
+    finally:
+        os.close(mounts)
 
 
 def check_device() -> None:

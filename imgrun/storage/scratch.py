@@ -108,6 +108,20 @@ class Scratch:
         finally:
             os.close(root)
 
+    def free(self) -> int | None:
+        """The bytes that the job could still write; None when that cannot be told."""
+        if self.size is None:
+            space = os.fstatvfs(self._directory)
+        elif self._device is None:
+            return None
+        else:
+            root = self.mount()
+            try:
+                space = os.fstatvfs(root)
+            finally:
+                os.close(root)
+        return space.f_bavail * space.f_frsize if space.f_favail or not space.f_files else 0
+
     def close(self) -> None:
         """Let go of the loop device and descriptors. What was written stays."""
         if self._format is not None:

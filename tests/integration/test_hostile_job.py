@@ -478,6 +478,20 @@ def test_who_enters_cannot_be_looked_into(hostile: Hostile, userns: tuple[str, s
     assert command("logs", job).stdout == ""
 
 
+def test_what_the_job_holds_open_keeps_nobody_waiting(hostile: Hostile, userns: tuple[str, str]) -> None:
+    """It may stop whoever enters before the command runs, and get hold of the pipe that tells how that went."""
+    command = Imgrun(hostile.image)
+    job = command.background("exec attack hold-status", *userns)
+
+    def entered() -> bool:
+        assert command("exec", job, "sh", "-c", "echo ran; exit 3") == (3, "ran\n", "")
+        return "held" in command("logs", job).stdout
+
+    eventually(entered, "the job has got hold of it", 60)
+    assert command("exec", job, "nope").status == 127
+    assert command("rm", "-f", job).status == 0
+
+
 def test_a_job_does_not_run_the_programs_of_its_image_as_the_host(hostile: Hostile, userns: tuple[str, str]) -> None:
     """Neither Python modules nor libraries are searched for in the image by the processes that enter it."""
     evil = hostile.tree / "evil.py"

@@ -30,6 +30,7 @@ from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
 
 if TYPE_CHECKING:
     from imgrun.isolation.cgroups.doctor import Finding
+    from imgrun.isolation.cgroups.oom import Levels
 
 __all__ = [
     "CgroupUsage",
@@ -153,6 +154,25 @@ class JobCgroup:
             self._clone_fd = os.open(unified.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._clone_fd
 
+    def stir(self) -> bool:
+        """Have the kernel give the v2 cgroup its place in perf_event_open(2), which below a new root it has not (ENOENT).
+
+        The root's list of controllers has to be changed once for that. Whether it was: never where somebody keeps such a list.
+        """
+        unified = self._unified()
+        parent = None if unified is None else os.path.dirname(unified.path)
+        if parent is None or fs.text(f"{parent}/cgroup.subtree_control") != "":
+            return False
+        try:
+            name = min((fs.text(f"{parent}/cgroup.controllers") or "").split(), default=None)
+            if name is None or os.path.exists(f"{parent}/cgroup.type"):
+                return False
+            for sign in "+-":
+                fs.write(f"{parent}/cgroup.subtree_control", f"{sign}{name}")
+        except OSError:
+            return False
+        return True
+
     def join_descriptors(self) -> list[int]:
         """Descriptors of the v1 ``tasks`` files. A process with one thread that writes ``b"0"`` to each enters the job.
 
@@ -232,7 +252,41 @@ class JobCgroup:
             except OSError:  # nothing to read, or the directory is gone
                 pass
 
+    def hold_when_full(self) -> None:
+        """Have the job wait at its memory limit instead of being killed there. Raises LimitError.
+
+        v1: the kernel lets wait who needs memory; system calls that do may fail with ENOMEM. v2: it slows the job down from
+        a little below the limit on, and ``is_full`` is to be asked at each event.
+        """
+        directory = self._with("memory")
+        if directory is None:
+            raise LimitError("--oom hold needs a memory limit, and there is none here", "see `imgrun doctor`")
+        directory.hold_when_full()
+
+    def is_full(self) -> bool:
+        """Whether the job waits at its own memory limit, and there is nothing that could be taken back from it."""
+        directory = self._with("memory")
+        return directory is not None and directory.is_full()
+
+    def memory_levels(self) -> Levels | None:
+        """What tells whose limit a kill for memory was; None without a memory cgroup. The caller closes it."""
+        from imgrun.isolation.cgroups.oom import Levels
+
+        directory = self._with("memory")
+        return None if directory is None else Levels(directory)
+
     # ---- controlling
+
+    def stop_all(self) -> bool:
+        """Have every process stop, without waiting: one that waits for memory stops when it has got it.
+
+        Whether there is a cgroup that can. ``thaw`` lets them go on.
+        """
+        directory = self._with("freeze")
+        if directory is None:
+            return False
+        directory.begin_freeze()
+        return True
 
     def freeze(self, timeout: float = 10.0) -> None:
         """Stop every process of the job and return when all have stopped. Raises HostError, with the job running on."""

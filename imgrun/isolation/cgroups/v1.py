@@ -281,7 +281,16 @@ class V1Directory:
             raise
         return event
 
+    def hold_when_full(self) -> None:
+        lim.put(self.path, "memory.oom_control", "1", "--oom hold")
+
+    def is_full(self) -> bool:
+        return fs.keyed(f"{self.path}/memory.oom_control").get("under_oom") == 1
+
     # ---- freezing
+
+    def begin_freeze(self) -> None:
+        fs.write(f"{self.path}/freezer.state", "FROZEN")
 
     def freeze(self, timeout: float) -> bool:
         """Ask for FROZEN until it is reached; False after ``timeout`` seconds. SIGKILL waits for the thaw."""

@@ -169,7 +169,35 @@ class V2Directory:
         os.pread(fd, 4096, 0)
         return fd
 
+    def hold_when_full(self) -> None:
+        limit = fs.number(f"{self.path}/memory.max")
+        if limit is None:
+            raise LimitError("--oom hold needs a memory limit, and the job has none", "add --memory SIZE")
+        lim.put(self.path, "memory.high", str(limit - max(limit // 16, 1 << 20)), "--oom hold")
+
+    def is_full(self) -> bool:
+        high = fs.number(f"{self.path}/memory.high")
+        if high is None:
+            return False
+        stat = fs.keyed(f"{self.path}/memory.stat")
+        kept = stat.get("unevictable", 0) + stat.get("kernel", 0) - stat.get("slab_reclaimable", 0)
+        if not self._can_swap():
+            kept += stat.get("anon", 0) + stat.get("shmem", 0)
+        return kept * 64 >= high * 63
+
+    def _can_swap(self) -> bool:
+        limit = fs.number(f"{self.path}/memory.swap.max")
+        if limit is not None and (fs.number(f"{self.path}/memory.swap.current") or 0) >= limit:
+            return False
+        for line in (fs.text("/proc/meminfo") or "").splitlines():
+            if line.startswith("SwapFree:"):
+                return int(line.split()[1]) > 0
+        return False
+
     # ---- freezing and killing
+
+    def begin_freeze(self) -> None:
+        fs.write(f"{self.path}/cgroup.freeze", "1")
 
     def freeze(self, timeout: float) -> bool:
         fs.write(f"{self.path}/cgroup.freeze", "1")

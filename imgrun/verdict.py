@@ -1,0 +1,292 @@
+"""Why the kernel killed a job for memory: whose limit it was, what the job held, which processes were the largest.
+
+The kernel tells of it while it does it, and what it kills gives back its memory within milliseconds. So the processes are
+looked at the moment an event comes; what was missed then is in the kernel's log, where that may be read (/dev/kmsg).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from imgrun.init_shim import NAME, REAPER_NAME
+from imgrun.isolation.cgroups.oom import Culprit
+from imgrun.units import format_size
+
+if TYPE_CHECKING:
+    from imgrun.isolation.cgroups.cgroup import CgroupUsage, JobCgroup
+
+LARGEST = 3
+"""How many processes are named."""
+LOOKED_AT = 2000
+LOOKING = 0.02
+"""Seconds that looking at the processes may take: the job shall be killed promptly."""
+AGAIN = 0.5
+"""Seconds before they are looked at again, where events come often."""
+WAIT_FIRST, WAIT_MOST, WAIT_ALL = 0.001, 0.05, 5.0
+"""Seconds between an event and the kernel's kill: how long until the first look, between looks, and in all."""
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Process(NamedTuple):
+    """A process of the job."""
+
+    name: str
+    pid: int
+    """In the job; 0 when it is not known."""
+    memory: int
+    """Resident bytes, what it shares with others included."""
+
+    def __str__(self) -> str:
+        pid = f" (pid {self.pid})" if self.pid else ""
+        return f"{self.name}{pid} {format_size(self.memory)}"
+
+
+class Verdict(NamedTuple):
+    """What is to be told of a kill for memory."""
+
+    host: bool
+    """Whether it was the host that had no memory, and no limit."""
+    message: str
+    hint: str
+
+
+class MemoryWatch:
+    """Follows what happens to one job for want of memory, and tells of it."""
+
+    def __init__(self, cgroup: JobCgroup) -> None:
+        self._cgroup = cgroup
+        self._levels = cgroup.memory_levels()
+        self._log = KernelLog(os.path.basename(cgroup.paths[0])) if cgroup.paths else None
+        self._looked_at = float("-inf")
+        self._began: float | None = None
+        self._pause = WAIT_FIRST
+        self.due: float | None = None
+        """When :meth:`check` is to be called (monotonic clock): an event has come, and the kernel is about to kill."""
+        self.largest: list[Process] = []
+        self.held: CgroupUsage | None = None
+
+    def source(self) -> tuple[int, int] | None:
+        """What to poll to learn of events; None where the kernel does not tell."""
+        source = self._cgroup.memory_event_source()
+        return source if source[0] >= 0 else None
+
+    def note_event(self) -> None:
+        """An event has come."""
+        moment = time.monotonic()
+        if moment - self._looked_at > AGAIN:
+            self.look()
+            self._looked_at = time.monotonic()
+        self._cgroup.acknowledge_memory_event()
+        if self._levels is not None:
+            self._levels.note_event()
+        self._began, self._pause = moment, WAIT_FIRST
+        self.due = moment
+
+    def look(self) -> None:
+        """Note the job's largest processes, and what it holds."""
+        found = largest(self._cgroup.processes() - {0, os.getpid()})
+        if not self.largest or sum(p.memory for p in found) >= sum(p.memory for p in self.largest):
+            self.largest = found
+            self.held = self._cgroup.usage()
+
+    def check(self, moment: float) -> bool:
+        """Whether the kernel has killed. Until then, ``due`` is when to ask again; None when it does not kill after all."""
+        if self.killed():
+            self.due = None
+            return True
+        assert self._began is not None
+        self.due = moment + self._pause if moment - self._began < WAIT_ALL else None
+        self._pause = min(self._pause * 2, WAIT_MOST)
+        return False
+
+    def killed(self) -> bool:
+        """Whether a process of the job was killed for want of memory that the job, its batch slot or the host lacked.
+
+        What happens at a limit that the job has set inside itself is its own matter.
+        """
+        if not self._cgroup.oom_kills():
+            return False
+        return self._levels is None or self._levels.culprit().whose != "inside"
+
+    def at_own_limit(self) -> bool:
+        """Whether the last event was of the job's own limit."""
+        return self._levels is not None and self._levels.at_own_limit()
+
+    def held_verdict(self, limit: int | None, peak: int | None, job_id: str) -> Verdict:
+        """What to tell of a job that is held at its limit."""
+        words = [f"the job ran into its memory limit of {format_size(limit or 0)} and is held", *self._figures(peak, Told())]
+        hint = f"'imgrun update --memory {next_size(limit or 0)} {job_id}' lets it go on; or checkpoint or stop it"
+        return Verdict(False, "; ".join(words), hint)
+
+    def verdict(self, limit: int | None, peak: int | None) -> Verdict:
+        """What to tell of the kill. ``limit`` is the job's own as asked for; sizes in bytes."""
+        culprit = self._levels.culprit() if self._levels is not None else Culprit("host")
+        told = self._log.read() if self._log is not None else Told()
+        if culprit.whose == "host" and told.limit_of is not None:
+            culprit = Culprit("above")
+        whose = culprit.whose
+        if whose == "job":
+            limit = culprit.limit or limit
+            what = f"the job ran into its memory limit of {format_size(limit or 0)}"
+        elif whose == "above":
+            size = f" of {format_size(culprit.limit)}" if culprit.limit else ""
+            where = f"the cgroup above it, {culprit.path}" if culprit.path else "a cgroup above it that is not to be seen here"
+            what = f"the job ran into the memory limit{size} of {where}"
+        else:
+            what = "the host ran out of memory"
+        words = [f"{what}, and the kernel killed it", *self._figures(peak, told)]
+        return Verdict(whose == "host", "; ".join(words), _advice(culprit, limit, peak))
+
+    def _figures(self, peak: int | None, told: Told) -> list[str]:
+        words = []
+        if peak is not None:
+            words.append(f"its peak was {format_size(peak)}{self._parts()}")
+        if processes := self._largest(told):
+            words.append(f"its largest processes then: {', '.join(map(str, processes))}")
+        return words
+
+    def _parts(self) -> str:
+        held = self.held
+        if held is None or held.memory_anon is None:
+            return ""
+        files = (held.memory_file or 0) - (held.memory_shmem or 0)
+        parts = (
+            ("its own", held.memory_anon), ("in memory file systems", held.memory_shmem), ("page cache", files),
+            ("the kernel's", held.memory_kernel),
+        )  # fmt: skip
+        named = [f"{format_size(size)} {name}" for name, size in parts if size and size >= 1 << 20]
+        return f" ({', '.join(named)})" if named else ""
+
+    def _largest(self, told: Told) -> list[Process]:
+        """Those seen, and those that the kernel says it killed, by whichever of the two saw more of them."""
+        found = {process.name: process for process in reversed(self.largest)} if told.killed else {}
+        seen = [p for p in self.largest if p.memory]
+        for name, memory in told.killed:
+            known = found.get(name[:15])
+            if known is None:
+                seen.append(Process(name, 0, memory))
+            elif memory > known.memory:
+                seen = [p._replace(memory=memory) if p is known else p for p in seen]
+        return sorted(seen, key=lambda p: -p.memory)[:LARGEST]
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._levels is not None:
+            self._levels.close()
+
+
+def _advice(culprit: Culprit, limit: int | None, peak: int | None) -> str:
+    if culprit.whose == "job":
+        return f"ask for more, such as --memory {next_size(limit or peak or 0)}"
+    if culprit.whose == "above":
+        wanted = f", such as {next_size(culprit.limit or peak or 0)}" if culprit.limit or peak else ""
+        return f"ask the batch system, or whoever made that cgroup, for more{wanted}"
+    return "start it where more memory is free, or give it a --memory limit that the host has room for"
+
+
+def next_size(size: int) -> str:
+    """Half as much again as ``size`` bytes, as one would ask for it: of two digits or so, as --memory takes it."""
+    wanted = size + size // 2
+    for unit, scale in (("G", 1 << 30), ("M", 1 << 20)):
+        if wanted >= 10 * scale or scale == 1 << 20:
+            step = scale if wanted < 100 * scale else 10 * scale
+            return f"{-(-wanted // step) * step // scale}{unit}"
+    raise AssertionError
+
+
+def largest(pids: set[int]) -> list[Process]:
+    """The largest of these processes, by resident memory (proc(5), statm)."""
+    deadline = time.monotonic() + LOOKING
+    sizes = []
+    for pid in list(pids)[:LOOKED_AT]:
+        try:
+            fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            sizes.append((int(os.read(fd, 256).split()[1]) * PAGE, pid))
+        except (OSError, IndexError):
+            pass
+        finally:
+            os.close(fd)
+        if time.monotonic() > deadline:
+            break
+    found = []
+    for memory, pid in sorted(sizes, reverse=True)[: LARGEST + 2]:
+        name, inside = "", 0
+        try:
+            with open(f"/proc/{pid}/status", "rb") as f:
+                for line in f:
+                    key, _, value = line.partition(b":")
+                    if key == b"Name":
+                        name = value.strip().decode(errors="replace")
+                    elif key == b"NSpid":
+                        inside = int(value.split()[-1])
+                        break
+        except OSError:
+            continue
+        if name not in (NAME, REAPER_NAME):
+            found.append(Process(name, inside, memory))
+    return found[:LARGEST]
+
+
+class Told(NamedTuple):
+    """What the kernel's log says of kills in the job."""
+
+    limit_of: str | None = None
+    """The cgroup whose limit it was; None when it was the host's memory, or nothing is said."""
+    killed: tuple[tuple[str, int], ...] = ()
+    """Names of the processes, and what they held in bytes."""
+
+
+class KernelLog:
+    """The kernel's log from now on (Documentation/ABI/testing/dev-kmsg); silent where it may not be read."""
+
+    def __init__(self, cgroup_name: str) -> None:
+        self._name = cgroup_name
+        try:
+            self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError:
+            self._fd = -1
+
+    def read(self, most: int = 20000) -> Told:
+        """What it says of the job's cgroup. At most so many records are read."""
+        limit_of, killed = None, []
+        ours = False
+        for _ in range(most if self._fd >= 0 else 0):
+            try:
+                record = os.read(self._fd, 8192)
+            except BrokenPipeError:
+                continue  # what was there has been overwritten
+            except OSError:
+                break
+            line = record.partition(b"\n")[0].partition(b";")[2].decode(errors="replace")
+            if line.startswith("oom-kill:"):
+                fields = dict(word.partition("=")[::2] for word in line.split(","))
+                ours = self._name in fields.get("task_memcg", "").split("/")
+                if ours:
+                    limit_of = fields.get("oom_memcg")
+            elif ours and "Killed process " in line:
+                ours = False
+                killed.append(_victim(line))
+        return Told(limit_of, tuple(killed))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _victim(line: str) -> tuple[str, int]:
+    """``...Killed process PID (NAME) total-vm:NkB, anon-rss:NkB, file-rss:NkB, shmem-rss:NkB, ...``"""
+    name, _, sizes = line.partition(" (")[2].rpartition(") total-vm:")
+    total = 0
+    for word in sizes.split(", "):
+        key, _, value = word.partition(":")
+        if key.endswith("-rss") and value.removesuffix("kB").isdigit():
+            total += int(value.removesuffix("kB")) * 1024
+    return name, total

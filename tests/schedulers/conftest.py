@@ -1,0 +1,74 @@
+"""Real schedulers, and imgrun below them as an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import COMMAND
+from ordinary import AsUser, Users, World
+from rootless.conftest import leaks, nothing_left, state_dir, users, world
+
+from images import Images
+
+__all__ = ["leaks", "nothing_left", "state_dir", "users", "world"]
+
+REASON = "" if os.geteuid() == 0 else "needs root, to start a scheduler's daemons and become an ordinary user"
+CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev")
+TOP = Path(__file__).parents[2]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if REASON:
+        for item in items:
+            if "schedulers" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(scope="session")
+def base(users: Users) -> Iterator[Path]:
+    """A directory that the users can reach. Its path is short: there are sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="imgrun-sched-") as top:
+        Path(top).chmod(0o755)
+        path = Path(top) / "session"
+        path.mkdir()
+        yield path
+
+
+@pytest.fixture(scope="session")
+def images(base: Path) -> Images:
+    (base / "images").mkdir()
+    return Images(base / "images")
+
+
+@pytest.fixture(scope="session")
+def image(base: Path) -> Path:
+    """The image of images/numpy.toml, made once for all sessions, where an ordinary user can read it."""
+    path = CACHE / "images/numpy.squashfs"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = [*COMMAND, "image", "build", f"{TOP}/images/numpy.toml", str(path), "--format", "squashfs", "--size", "auto"]
+        subprocess.run(words, check=True, env={**os.environ, "IMGRUN_CACHE": str(CACHE)})
+    target = base / "numpy.squashfs"
+    subprocess.run(["cp", "--reflink=auto", path, target], check=True)
+    target.chmod(0o644)
+    return target
+
+
+@pytest.fixture
+def run(base: Path, users: Users, world: World, image: Path, nothing_left: None) -> Iterator[AsUser]:
+    """imgrun as an ordinary user with a directory of his own, which imgrun leaves tidy."""
+    directory = Path(tempfile.mkdtemp(dir=base, prefix="t-"))
+    os.chown(directory, users.ranged.uid, users.ranged.gid)
+    run = AsUser(users.ranged, world, directory, image)
+    yield run
+    run.close()
+    if (run.state / "jobs").exists():
+        assert run("gc").status == 0
+        left = sorted(str(path.relative_to(run.state)) for path in run.state.glob("*/*"))
+        assert left == [], "jobs of a scheduler leave something in the state directory"

@@ -1,0 +1,322 @@
+"""imgrun in jobs of Slurm's: an ordinary user's program is preempted, queued again and goes on where it was.
+
+The daemons are real (see slurm_cluster), the batch scripts are those of examples/slurm. The programs print numbered steps,
+and wait at some of them for a file, so that each is still running whenever something is to happen to it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import Done
+from leaks import read
+from ordinary import AsUser, Users, World
+
+from . import slurm_cluster
+from .slurm_cluster import Cluster
+
+EXAMPLES = Path(__file__).parents[2] / "examples/slurm"
+pytestmark = pytest.mark.timeout(400)
+
+MATRIX = """
+import hashlib, os, time
+os.environ["OPENBLAS_NUM_THREADS"] = "2"
+import numpy
+a = numpy.random.default_rng(1).standard_normal((200, 200))
+for step in range(1, 131):
+    a = a @ a.T; a /= numpy.abs(a).max(); a += 1e-3 * numpy.sin(a)
+    print("step", step, flush=True)
+    time.sleep(0.03)
+    while step in (40, 80, 120) and not os.path.exists(f"/work/pass{step}"): time.sleep(0.05)
+print("result", hashlib.sha256(a.tobytes()).hexdigest())
+"""
+
+POOL = """
+import hashlib, multiprocessing, os, time
+def chain(n):
+    digest = str(n).encode()
+    for _ in range(20000): digest = hashlib.sha256(digest).digest()
+    return digest
+with multiprocessing.Pool(3) as pool:
+    total, step = hashlib.sha256(), 0
+    for digest in pool.imap(chain, range(130)):
+        total.update(digest); step += 1
+        print("step", step, flush=True)
+        time.sleep(0.03)
+        while step in (40, 80, 120) and not os.path.exists(f"/work/pass{step}"): time.sleep(0.05)
+print("result", total.hexdigest())
+"""
+
+PASSES = (40, 80, 120)
+
+
+@pytest.fixture(scope="session")
+def slot(users: Users) -> Iterator[Path]:
+    """A memory cgroup that the user may divide, as a site gives one to each job; the cluster's jobs are in it."""
+    own = next((line.split(":", 2)[2] for line in read(Path("/proc/self/cgroup")).split("\n") if ":memory:" in line), None)
+    parent = Path(f"/sys/fs/cgroup/memory{own}")
+    if own is None or not os.access(parent, os.W_OK):
+        pytest.skip("no memory controller of cgroup v1 that could be divided")
+    path = parent / f"slurm-test-{os.getpid()}"
+    path.mkdir()
+    for name in ("", "tasks", "cgroup.procs"):
+        os.chown(path / name, users.ranged.uid, users.ranged.gid)
+    (path / "memory.limit_in_bytes").write_text("2G")
+    yield path
+    path.rmdir()
+
+
+@pytest.fixture(scope="session")
+def cluster(base: Path, users: Users, world: World, slot: Path) -> Iterator[Cluster]:
+    if missing := slurm_cluster.missing():
+        pytest.skip(f"Slurm is not installed: no {', '.join(missing)}")
+    cluster = Cluster(base / "slurm", world, enter=lambda: (slot / "tasks").write_text("0") and None)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+class Submitter:
+    """A user of the cluster, with a directory to submit from."""
+
+    def __init__(self, cluster: Cluster, run: AsUser) -> None:
+        self.cluster = cluster
+        self.run = run
+        self.jobs: list[str] = []
+
+    def directory(self, name: str, **files: str) -> Path:
+        path = self.run.directory / name
+        path.mkdir()
+        for file, content in files.items():
+            (path / f"{file}.py").write_text(content)
+        os.chown(path, self.run.user.uid, self.run.user.gid)
+        return path
+
+    def command(self, directory: Path, *words: str) -> Done:
+        """A command as the user, with Slurm's and imgrun's commands at hand."""
+        environment = {
+            "SLURM_CONF": str(self.cluster.config), "IMAGE": self.run.image,
+            "PATH": f"{os.path.dirname(sys.executable)}:{slurm_cluster.SEARCH}",
+        }  # fmt: skip
+        process = self.run.program("env", f"--chdir={directory}", *words, env=environment)
+        stdout, stderr = process.communicate(timeout=60)
+        return Done(process.returncode, stdout.decode(), stderr.decode())
+
+    def sbatch(self, directory: Path, *words: str | Path) -> str:
+        done = self.command(directory, "sbatch", "--parsable", *map(str, words))
+        assert done.status == 0, done
+        self.jobs.append(done.stdout.strip())
+        return self.jobs[-1]
+
+    def wrap(self, directory: Path, command: str, *words: str) -> str:
+        """A batch script of one line."""
+        return self.sbatch(directory, *words, "--open-mode=append", "--wrap", command)
+
+    @staticmethod
+    def output(directory: Path, job: str) -> list[str]:
+        return read(directory / f"slurm-{job}.out").splitlines()
+
+    def prints(self, directory: Path, job: str, line: str) -> None:
+        def printed() -> bool:
+            lines = self.output(directory, job)
+            assert not any(one.startswith("imgrun: ") and "frozen" not in one for one in lines), lines
+            return line in lines
+
+        self.cluster.await_that(printed, f"job {job} prints {line!r}")
+
+    def close(self) -> None:
+        for job in self.jobs:
+            self.command(self.run.directory, "scancel", job)
+        for job in self.jobs:
+            self.cluster.await_that(lambda job=job: not self.cluster.command("squeue", "-h", "-j", job), f"{job} is gone")
+
+
+@pytest.fixture
+def submitter(cluster: Cluster, run: AsUser) -> Iterator[Submitter]:
+    submitter = Submitter(cluster, run)
+    yield submitter
+    submitter.close()
+
+
+def steps(lines: list[str]) -> list[int]:
+    return [int(line.split()[1]) for line in lines if line.startswith("step ")]
+
+
+def result(lines: list[str]) -> str:
+    return next((line for line in lines if line.startswith("result ")), f"none in {lines}")
+
+
+def undisturbed(submitter: Submitter, name: str, program: str) -> str:
+    """What the program says when nothing happens to it."""
+    directory = submitter.directory(f"{name}-alone", job=program)
+    for number in PASSES:
+        (directory / f"pass{number}").touch()
+    done = submitter.run(
+        "start", "--bind", f"{directory}:/work", submitter.run.image, "--", "python3", "/work/job.py", timeout=120
+    )
+    assert done.status == 0, done
+    return result(done.stdout.splitlines())
+
+
+def test_preempted_twice_and_requeued_once(submitter: Submitter, cluster: Cluster) -> None:
+    """In both forms; first where imgrun has to ask for the requeue, then where the site has RequeueExit."""
+    jobs = {}
+    for script, program in (("batch", MATRIX), ("srun", POOL)):
+        directory = submitter.directory(script, job=program)
+        jobs[script] = (directory, submitter.sbatch(directory, EXAMPLES / f"{script}.sbatch", "python3", "/work/job.py"))
+    for life, wait_at in enumerate(PASSES, 1):
+        for directory, job in jobs.values():
+            submitter.prints(directory, job, f"step {wait_at - 35}")
+        if life < 3:
+            cluster.preempt()
+        else:
+            assert submitter.command(directory, "scontrol", "requeue", *(job for _, job in jobs.values())).status == 0
+        for directory, job in jobs.values():
+            cluster.reaches(job, "PENDING", restarts=life)
+            assert max(steps(submitter.output(directory, job))) <= wait_at
+            (directory / f"pass{wait_at}").touch()
+        assert submitter.run.processes() == []
+        if life == 1:
+            cluster.configure("RequeueExit=85")
+        for _, job in jobs.values():
+            cluster.release(job)
+    for (script, (directory, job)), program in zip(jobs.items(), (MATRIX, POOL), strict=True):
+        cluster.reaches(job, "COMPLETED")
+        lines = submitter.output(directory, job)
+        assert steps(lines) == list(range(1, 131)), "each step is printed once, in order"
+        assert result(lines) == undisturbed(submitter, script, program)
+        assert not (directory / "imgrun-checkpoints").exists()
+    record = cluster.command("scontrol", "show", "job", jobs["batch"][1])
+    assert "Comment=imgrun: exited 0, wall " in record
+    assert "Restarts=3" in record
+
+
+def test_scancel_leaves_nothing(submitter: Submitter, cluster: Cluster) -> None:
+    """The job is frozen, since nothing tells this from a preemption, but Slurm does not queue it again."""
+    jobs = {}
+    for script in ("batch", "srun", "killed"):
+        directory = submitter.directory(script, job=MATRIX)
+        example = EXAMPLES / ("srun.sbatch" if script == "srun" else "batch.sbatch")
+        jobs[script] = (directory, submitter.sbatch(directory, example, "python3", "/work/job.py"))
+    for directory, job in jobs.values():
+        submitter.prints(directory, job, "step 5")
+    directory, killed = jobs.pop("killed")
+    assert submitter.command(directory, "scancel", "--full", "--signal=KILL", killed).status == 0
+    for directory, job in jobs.values():
+        assert submitter.command(directory, "scancel", job).status == 0
+    for directory, job in jobs.values():
+        cluster.reaches(job, "CANCELLED")
+        assert cluster.job(job)["Restarts"] == "0"
+        [checkpoint] = (directory / "imgrun-checkpoints").iterdir()
+        assert f"imgrun: frozen to {checkpoint}" in submitter.output(directory, job)
+        assert submitter.run("check", checkpoint).status == 0
+    cluster.await_that(lambda: not submitter.run.processes(), "no process of the user's is left")
+    cluster.await_that(lambda: not cluster.command("squeue", "-h", "-j", killed), "the killed job has gone")
+
+
+def test_time_limit(submitter: Submitter, cluster: Cluster) -> None:
+    """A job that can be frozen goes on in another slice of time, and one that cannot ends; nothing runs on."""
+    directory = submitter.directory("batch", job=MATRIX)
+    frozen = submitter.sbatch(directory, EXAMPLES / "batch.sbatch", "python3", "/work/job.py")
+    other = submitter.directory("plain", job=MATRIX)
+    line = "exec imgrun start --slurm --init none --bind $PWD:/work $IMAGE -- python3 /work/job.py"
+    plain = submitter.wrap(other, line)
+    submitter.prints(directory, frozen, "step 5")
+    cluster.await_that(lambda: "step 5" in submitter.output(other, plain), "the other job runs")
+    warning = "imgrun: warning: a preemption loses what the job has done: it cannot be frozen with --init none"
+    assert submitter.output(other, plain)[0] == warning
+    for job in (frozen, plain):
+        cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1", "EndTime=now")
+    cluster.reaches(plain, "TIMEOUT")
+    cluster.reaches(frozen, "PENDING", restarts=1)
+    assert submitter.run.processes() == []
+    (directory / "pass40").touch()
+    (directory / "pass80").touch()
+    (directory / "pass120").touch()
+    cluster.release(frozen)
+    cluster.reaches(frozen, "COMPLETED")
+    assert steps(submitter.output(directory, frozen)) == list(range(1, 131))
+
+
+def test_memory_kill(submitter: Submitter, cluster: Cluster) -> None:
+    """The limit is Slurm's; imgrun keeps it in the cgroup that the site has given to the user, and tells of it."""
+    directory = submitter.directory("d")
+    fill = "import sys; a = bytearray(900 << 20); print(len(a))"
+    job = submitter.sbatch(directory, "--mem=100", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
+    cluster.reaches(job, "FAILED")
+    lines = submitter.output(directory, job)
+    assert any(line.startswith("imgrun: the job ran into its memory limit of 100 MiB") for line in lines), lines
+    record = cluster.job(job)
+    assert record["ExitCode"] == "137:0"
+    assert "memory-limit 137" in cluster.command("scontrol", "show", "job", job)
+
+
+def test_memory_kill_by_the_slot(submitter: Submitter, cluster: Cluster) -> None:
+    """The limit of the cgroup that the job was started in, which the job's own does not reach."""
+    directory = submitter.directory("d")
+    fill = "import sys; a = bytearray(2500 << 20); print(len(a))"
+    job = submitter.sbatch(directory, "--mem=20000", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
+    cluster.reaches(job, "FAILED")
+    lines = submitter.output(directory, job)
+    assert any(line.startswith("imgrun: ") and "memory limit" in line for line in lines), lines
+    assert cluster.job(job)["ExitCode"] == "137:0"
+
+
+def test_array(submitter: Submitter, cluster: Cluster) -> None:
+    """Ten tasks are preempted together, and each goes on with its own checkpoint."""
+    directory = submitter.directory("d")
+    script = "i=$SLURM_ARRAY_TASK_ID; echo begun $i; while [ ! -e /work/pass ]; do sleep 0.1; done; echo result $((i * i))"
+    job = submitter.sbatch(directory, EXAMPLES / "array.sbatch", "sh", "-c", script)
+    tasks = [f"{job}_{number}" for number in range(10)]
+    for number, task in enumerate(tasks):
+        submitter.prints(directory, task, f"begun {number}")
+    cluster.preempt()
+    for task in tasks:
+        cluster.reaches(task, "PENDING", restarts=1)
+    assert sorted(path.name for path in (directory / "imgrun-checkpoints").iterdir()) == tasks
+    (directory / "pass").touch()
+    cluster.release(job)
+    for number, task in enumerate(tasks):
+        cluster.reaches(task, "COMPLETED")
+        lines = [line for line in submitter.output(directory, task) if line.startswith(("begun", "result"))]
+        assert lines == [f"begun {number}", f"result {number * number}"]
+
+
+def test_submit(submitter: Submitter, cluster: Cluster) -> None:
+    """What --dry-run prints is what is submitted."""
+    directory = submitter.directory("d")
+    (directory / "job.toml").write_text(f"""
+image = "{submitter.run.image}"
+command = ["sh", "-c", "echo result $GREETING"]
+name = "greeter"
+[env]
+GREETING = "hello"
+[limits]
+memory = "300M"
+cpus = 1
+time_limit = "1h"
+""")
+    words = ("imgrun", "submit", "--to", "slurm", "--spec", "job.toml", "--option=--partition=low")
+    printed = submitter.command(directory, *words, "--dry-run")
+    assert printed.status == 0, printed
+    for line in ("--job-name=greeter", "--mem=300M", "--signal=B:USR1@60", "--requeue", "--partition=low", "--time=65"):
+        assert f"#SBATCH {line}\n" in printed.stdout
+    submitted = submitter.command(directory, *words)
+    assert submitted.status == 0, submitted
+    job = submitted.stdout.split()[-1]
+    submitter.jobs.append(job)
+    cluster.reaches(job, "COMPLETED")
+    assert cluster.job(job)["JobName"] == "greeter"
+    assert submitter.output(directory, job) == ["result hello"]
+
+
+def test_grace_that_does_not_suffice(submitter: Submitter, cluster: Cluster) -> None:
+    directory = submitter.directory("d")
+    job = submitter.wrap(directory, "exec imgrun start --slurm --grace 1s $IMAGE -- true", "--mem=4000")
+    cluster.reaches(job, "COMPLETED")
+    [line] = submitter.output(directory, job)
+    assert line.startswith("imgrun: warning: 4000 MiB may not be saved within the 1 s that a preemption leaves: ")
