@@ -113,11 +113,11 @@ class _Compressor:
     def __enter__(self) -> _Compressor:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, *unused: object) -> None:
         process = self._process
         if kind is not None and kind is not BrokenPipeError:
             process.kill()
-        _, words = process.communicate()
+        words: bytes = process.communicate()[1]
         if process.returncode and (kind is None or kind is BrokenPipeError):
             why = words.decode(errors="replace").strip().splitlines()[-1:] or ["it was killed"]
             code = errno.ENOSPC if "No space" in why[0] else errno.EPIPE if "Broken pipe" in why[0] else errno.EIO
@@ -203,7 +203,8 @@ class _Writer:
             table = b""
             if status.st_blocks * 512 < size:
                 ranges = _data(fd, size)
-                table = f"{len(ranges)}\n{''.join(f'{start}\n{length}\n' for start, length in ranges)}".encode()
+                rows = (len(ranges), *(number for pair in ranges for number in pair))
+                table = "".join(f"{number}\n" for number in rows).encode()
                 table += bytes(-len(table) % BLOCK)
                 headers |= {
                     "GNU.sparse.major": "1", "GNU.sparse.minor": "0",

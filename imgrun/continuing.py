@@ -10,11 +10,12 @@ import stat
 import tarfile
 from typing import Any
 
-from imgrun import criu
-from imgrun.checkpoint import copy_tree, directory_mount, no_name_service, toolbox_mount
+from imgrun import criu, criu_rpc, init_shim
+from imgrun.captured import copy_tree, directory_mount, no_name_service, toolbox_mount
 from imgrun.errors import CheckpointError, RestoreError
+from imgrun.helper import Helper
 from imgrun.isolation import namespaces
-from imgrun.manifest import Checkpoint
+from imgrun.manifest import IMAGE, SHIM, Checkpoint
 from imgrun.storage.scratch import Scratch
 from imgrun.storage.trees import remove_tree
 
@@ -22,23 +23,70 @@ TAIL = 64 << 10
 
 
 def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
-    """Fill the scratch of the new job with the files of the checkpoint, which keeps its own."""
+    """Fill the scratch of the new job with the files of the checkpoint, which keeps its own unless it is unpacked for this."""
     scratch.adopt()
     for name in checkpoint.manifest["layers"]:
         if name != "scratch.img":
             remove_tree(f"{scratch.path}/{name}")
-        try:
-            copy_tree(f"{checkpoint.path}/files/{name}", f"{scratch.path}/{name}")
-        except CheckpointError as e:
-            raise RestoreError(e.message, e.hint) from e
+        _take(checkpoint, f"files/{name}", f"{scratch.path}/{name}")
+
+
+def _take(checkpoint: Checkpoint, name: str, target: str) -> None:
+    source = f"{checkpoint.path}/{name}"
+    try:
+        if checkpoint.archive is not None:
+            try:
+                os.rename(source, target)
+                return
+            except OSError:
+                pass  # it is on another disk
+        copy_tree(source, target)
+    except CheckpointError as e:
+        raise RestoreError(e.message, e.hint) from e
+
+
+def put_image(checkpoint: Checkpoint) -> None:
+    """Put the captured image where it is to be used, if it is to be. Raises RestoreError when something is there."""
+    target = checkpoint.image_target
+    if target is None:
+        return
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    except OSError as e:
+        raise RestoreError(f"the captured image cannot be put at {target}: {e.strerror}", "give another --image PATH") from e
+    try:
+        _take(checkpoint, IMAGE, target)
+    except BaseException:
+        os.unlink(target)
+        raise
+
+
+def shim_for(checkpoint: Checkpoint, directory: str) -> str:
+    """The program that the checkpoint's first processes are of; where ours is another, theirs, copied to ``directory``."""
+    try:
+        with open(f"{checkpoint.path}/{SHIM}", "rb") as f:
+            theirs = f.read()
+        with open(init_shim.program(), "rb") as f:
+            ours = f.read()
+    except FileNotFoundError:
+        return init_shim.program()
+    if theirs == ours:
+        return init_shim.program()
+    path = f"{directory}/{init_shim.NAME}"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o755)
+    with open(fd, "wb") as f:
+        os.fchmod(fd, 0o755)
+        f.write(theirs)
+    return path
 
 
 def restore(
     checkpoint: Checkpoint, init: int, join: tuple[int, ...], clone_into: int, streams: tuple[int, ...], work: str
-) -> None:
+) -> tuple[Helper | None, str | None]:
     """Bring the processes back into the namespaces of ``init``, with these standard streams.
 
-    CRIU's log goes to the directory ``work``. Raises RestoreError.
+    CRIU's log goes to the directory ``work``. Returns what still fetches their memory, of a lazy restore, and a warning.
+    Raises RestoreError.
     """
     manifest = checkpoint.manifest
     descriptors = namespaces.open_all(init)
@@ -57,7 +105,10 @@ def restore(
         userns_of_its_own = bool(manifest["userns"])
         site = criu.Site(descriptors, toolbox, images, logs, userns_of_its_own, join, clone_into, last_pid, inherit)
         places = [str(place) for place in manifest["memory"]]
-        criu.restore(site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}")
+        pid, warning = criu_rpc.restore(
+            site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}", lazy=checkpoint.lazy
+        )
+        return (Helper(pid, "CRIU, which fetches the job's memory", f"{work}/{criu.FETCH_LOG}") if pid else None), warning
     finally:
         for fd in opened:
             os.close(fd)

@@ -9,8 +9,8 @@ from typing import Any
 from imgrun.channel import Channel, accept, listen
 from imgrun.errors import HostError, ImgrunError
 
-Answer = Callable[[dict[str, Any], Channel], dict[str, Any] | None]
-"""What does a request; None when the answer comes later, by the channel."""
+Answer = Callable[[dict[str, Any], Channel, list[int]], dict[str, Any] | None]
+"""What does a request, which came with descriptors; None when the answer comes later, by the channel."""
 
 
 class Control:
@@ -51,14 +51,15 @@ class Control:
             asker.close()
             return
         message, fds = received
-        for fd in fds:
-            os.close(fd)
         try:
-            answer = self._answer(message, asker)
+            answer = self._answer(message, asker, fds)
         except ImgrunError as e:
             answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
         except (KeyError, TypeError, ValueError, OSError) as e:
             answer = {"error": f"malformed request: {e}"}  # whatever was asked, the job goes on
+        finally:
+            for fd in fds:
+                os.close(fd)
         if answer is not None:
             try:
                 asker.send(answer)

@@ -1,7 +1,7 @@
-"""CRIU inside the job: one dump or restore of the tree below the shim, as a process of the job's own namespaces.
+"""CRIU inside the job: a process of the job's own namespaces, and the conversation with it.
 
-CRIU shares every namespace with the tree, so it saves processes and nothing else; what is around them, imgrun makes anew
-from the plan. Sources: criu(8), the RPC definitions of its release (images/rpc.proto).
+CRIU shares every namespace with the tree below the shim, so it saves processes and nothing else; what is around them, imgrun
+makes anew from the plan. What is asked of it is imgrun.criu_rpc. Source: criu(8).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
-from imgrun.errors import CheckpointError, HostError, JobStateError, RestoreError
+from imgrun.criu_log import explain
+from imgrun.errors import CheckpointError, HostError, JobStateError
 from imgrun.isolation import namespaces
 from imgrun.isolation.mounts import NO_ACCESS_TO_DEVICES, new_filesystem
 
@@ -28,14 +29,11 @@ IMAGES = "/dev/imgrun/checkpoint"
 WORK = "/dev/imgrun/work"
 """Where they are attached in the job, for as long as CRIU runs."""
 LOG = "criu.log"
-CPU_FEATURES = 1 | 4
-"""Of the processor, its way to save floating point registers and its instructions must be there again (criu(8))."""
-GHOST_LIMIT = 256 << 20
-"""Bytes of an unlinked but open file that is saved with the processes; larger ones make the dump fail."""
+FETCH_LOG = "lazy.log"
+FETCH = "fetch"
+"""Asks the process in the job to have memory fetched from the images as the restored processes touch it."""
 
 
-WATCHED = ("/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/run", "/opt")
-"""Where a file that is watched by inotify is looked for, beside /etc and /var, when the kernel does not say its path."""
 
 
 def toolbox() -> str:
@@ -71,8 +69,7 @@ class Site(NamedTuple):
 class Session:
     """One CRIU process in a job, and the conversation with it.
 
-    ``before`` and ``after`` run in the process that is in the job's mount namespace: to put back and to save what mounts
-    hold. Each may be None.
+    ``before`` runs first, in the process that is in the job's mount namespace: to put back what mounts hold.
     """
 
     def __init__(self, site: Site, *, before: Callable[[], None] | None = None) -> None:
@@ -97,7 +94,8 @@ class Session:
         received = self._channel.receive()
         if received is None or "error" in received[0]:
             why = received[0]["error"] if received else "it was killed"
-            raise CheckpointError(f"saving what the job keeps in memory failed: {why}", "see the space where it goes")
+            doing = "its memory cannot be fetched" if what == FETCH else "saving what the job keeps in memory failed"
+            raise CheckpointError(f"{doing}: {why}", "see the space where it goes")
 
     def run(self, request: Any, on_notify: Callable[[str], None]) -> Any:
         """Send a request and answer CRIU's notifications until its reply; None when CRIU has died."""
@@ -129,6 +127,13 @@ class Session:
             except OSError:
                 return None  # what was done there has ended it
 
+    def leave(self) -> int:
+        """Let CRIU's host process stay for as long as it fetches memory; its pid. It ends with 0 when all is there."""
+        self._socket.close()
+        self._channel.close()
+        pid, self._pid = self._pid, 0
+        return pid
+
     def close(self) -> None:
         """End CRIU's host process; it takes what it attached with it."""
         self._socket.close()
@@ -140,6 +145,7 @@ class Session:
 
 def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], None] | None) -> NoReturn:
     """Enter the job, attach what CRIU needs, run it, and take everything off again."""
+    status = 0
     try:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
@@ -158,23 +164,25 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             tell, told = os.pipe2(os.O_CLOEXEC)
             child = _clone_aside()
             if child == 0:
-                _become_criu(site, criu_end, told)
+                _become_criu(("swrk", str(criu_end.fileno())), (criu_end.fileno(), *site.inherit.values()), told)
             os.close(told)
             criu_end.close()
             last = os.read(tell, 32)
             channel.send({"running": True})
-            _serve(channel, child)
+            fetcher = _serve(channel, child)
             _put_last_pid_back(site.last_pid or int(last or b"0"))
         finally:
             for place in (TOOLBOX, IMAGES, WORK):
                 _detach(place)
+        if fetcher:
+            status = _await_fetcher(fetcher)
     except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
         try:
             channel.send({"error": f"{e}"})
         except OSError:
             pass
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _detach(place: str) -> None:
@@ -220,7 +228,7 @@ def first_pid() -> int:
         return max(int(f.read()) - BELOW_LAST_PID, 1000)
 
 
-def _become_criu(site: Site, criu_end: Channel, told: int) -> None:
+def _become_criu(arguments: tuple[str, ...], keep: tuple[int, ...], told: int) -> None:
     try:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         # CRIU's own children must not take pids that it is to restore.
@@ -232,11 +240,11 @@ def _become_criu(site: Site, criu_end: Channel, told: int) -> None:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
         sc.close_range_cloexec(3)
-        for fd in (criu_end.fileno(), *site.inherit.values()):
+        for fd in keep:
             os.set_inheritable(fd, True)
         # No settings and no plug-ins of the job's own: they would run with CRIU's rights.
         words = [f"{TOOLBOX}/ld.so", "--inhibit-cache", "--library-path", TOOLBOX, f"{TOOLBOX}/criu"]
-        words += ["--no-default-config", "--work-dir", WORK, "swrk", str(criu_end.fileno())]
+        words += ["--no-default-config", "--work-dir", WORK, *arguments]
         os.execve(words[0], words, {"PATH": TOOLBOX, "CRIU_LIBS_DIR": WORK})
     finally:
         os._exit(127)
@@ -271,8 +279,9 @@ TASKS: dict[str, Callable[[], None]] = {}
 """What can be asked of the process in the job's mount namespace; imgrun.checkpoint fills it before a session is made."""
 
 
-def _serve(channel: Channel, child: int) -> None:
-    """Do what is asked in the job's mount namespace, until whoever asks is done or CRIU has ended."""
+def _serve(channel: Channel, child: int) -> int:
+    """Do what is asked in the job's mount namespace, until whoever asks is done. Returns the pid of what fetches memory."""
+    fetcher = 0
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     while poll.poll():
@@ -280,119 +289,46 @@ def _serve(channel: Channel, child: int) -> None:
         if received is None:
             break
         try:
-            TASKS[received[0]["do"]]()
+            if received[0]["do"] == FETCH:
+                fetcher = _start_fetcher()
+            else:
+                TASKS[received[0]["do"]]()
             channel.send({"done": True})
         except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
             channel.send({"error": f"{type(e).__name__}: {e}"})
     if os.waitpid(child, os.WNOHANG)[0] == 0:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    return fetcher
 
 
-def options(site: Site, log: str) -> Any:
-    """What dump and restore have in common."""
-    import pycriu.rpc_pb2 as rpc
-
-    opts = rpc.criu_opts(images_dir_fd=-1)
-    opts.images_dir = IMAGES
-    opts.log_level = 4
-    opts.log_file = os.path.basename(log)
-    opts.unprivileged = site.userns
-    opts.manage_cgroups = False
-    opts.manage_cgroups_mode = rpc.IGNORE
-    opts.network_lock = rpc.SKIP
-    opts.tcp_established = True
-    opts.file_locks = True
-    opts.link_remap = True
-    opts.irmap_scan_paths.extend(WATCHED)
-    opts.ghost_limit = GHOST_LIMIT
-    opts.notify_scripts = True
-    opts.cpu_cap = CPU_FEATURES
-    return opts
+def _start_fetcher() -> int:
+    """CRIU's other half of a lazy restore, which gives the processes their memory (criu(8), lazy-pages)."""
+    ready, tell = os.pipe2(os.O_CLOEXEC)
+    unused, told = os.pipe2(os.O_CLOEXEC)
+    child = _clone_aside()
+    if child == 0:
+        log = ("--log-file", FETCH_LOG, "-v4", "--images-dir", IMAGES)
+        _become_criu(("lazy-pages", *log, "--status-fd", str(tell)), (tell,), told)
+    for fd in (tell, told, unused):
+        os.close(fd)
+    listens = os.read(ready, 1)
+    os.close(ready)
+    if not listens:
+        os.waitpid(child, 0)
+        raise OSError(errno.ECHILD, f"CRIU's lazy-pages ended: {explain(f'{WORK}/{FETCH_LOG}')}")
+    return child
 
 
-def dump(site: Site, *, frozen: Callable[[Session], None], log: str, kept: str) -> None:
-    """Save the tree. ``frozen`` is called while every process of it stands still, with its memory saved.
-
-    When ``frozen`` returns, the tree runs on, unless ``frozen`` has killed it, CRIU included: its images are complete by
-    then. When ``frozen`` raises, the tree runs on. Raises CheckpointError; the job then runs on as if nothing had been.
-    ``kept`` is where the log will be found after that.
-    """
-    import pycriu.rpc_pb2 as rpc
-
-    session = Session(site)
-    complete = False
+def _await_fetcher(fetcher: int) -> int:
+    """Wait until all memory is there: 0. If not and the job lives, what it has not seen yet would read as zeros: 1."""
+    sc.close_others(())
+    ended = os.waitpid(fetcher, 0)[1]
+    if ended == 0:
+        return 0
     try:
-        request = rpc.criu_req(type=rpc.DUMP)
-        request.opts.CopyFrom(options(site, log))
-        request.opts.pid = REAPER
-        request.opts.leave_running = True
-
-        def on_notify(script: str) -> None:
-            nonlocal complete
-            if script == "post-dump":
-                frozen(session)
-                complete = True
-
-        response = session.run(request, on_notify)
-        if not complete:
-            cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
-            raise CheckpointError(f"CRIU could not save the job's processes: {cause}", f"its log is {kept}")
-    finally:
-        session.close()
-
-
-def restore(site: Site, *, before: Callable[[], None], log: str) -> None:
-    """Bring the tree back to life, as it was. Raises RestoreError; nothing of it runs then."""
-    import pycriu.rpc_pb2 as rpc
-
-    session = Session(site, before=before)
-    try:
-        request = rpc.criu_req(type=rpc.RESTORE)
-        request.opts.CopyFrom(options(site, log))
-        for key, fd in site.inherit.items():
-            request.opts.inherit_fd.add(key=key, fd=fd)
-        response = session.run(request, lambda script: None)
-        if response is None or not response.success:
-            cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
-            raise RestoreError(f"CRIU could not bring the job's processes back: {cause}", f"its log is {log}")
-    finally:
-        session.close()
-
-
-KNOWN = (
-    ("Can't dump ghost file", "an unlinked file that is still open is too large to be saved with it"),
-    ("Can't lookup mount", "it has a file open on a mount that it cannot see any more"),
-    ("seccomp", "a process has a system call filter, which only root outside a user namespace can suspend"),
-    ("inotify", "it watches a file by inotify that cannot be found again by its path"),
-    ("fanotify", "it watches files by fanotify"),
-    ("io_uring", "it uses io_uring"),
-    ("TCP repair mode", "it has a TCP connection on the host's network, which needs --userns off, or a network of its own"),
-    ("sysvipc", "it uses System V shared memory, semaphores or message queues"),
-    ("Unsupported", "it uses something that CRIU cannot save"),
-    ("No space left", "there is no space left for the checkpoint"),
-    ("Can't find pid", "a process id that it had is taken"),
-)
-"""What lines of CRIU's log mean to a person."""
-
-
-HARMLESS = ("net: Unexpected error: -1", "Can't setup RLIMIT_NOFILE", "can't get apparmor", "Can't open /proc/sys/net/")
-"""What CRIU logs as errors while it finds out what the kernel can do."""
-
-
-def explain(log: str, said: str = "") -> str:
-    """The cause of a failure in one sentence: from what CRIU logged as errors, the first, since the rest follows from it.
-
-    ``said`` is what it told over its socket, when there is no log.
-    """
-    try:
-        with open(log, encoding="utf-8", errors="replace") as f:
-            errors = [line.rstrip() for line in f if "Error" in line or "Err " in line]
+        if sc.clone(0) == 0:
+            os._exit(0)
     except OSError:
-        return said or "it left no log"
-    errors = [line for line in errors if not any(word in line for word in HARMLESS)]
-    for mark, meaning in KNOWN:
-        for line in errors:
-            if mark in line:
-                return f"{meaning} ({line.partition('): ')[2] or line})"
-    return errors[0].partition("): ")[2] or errors[0] if errors else said or "it gave no reason"
+        return 0  # the kernel has ended both: no process can be made in a PID namespace without an init
+    return 1

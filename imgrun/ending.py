@@ -86,9 +86,11 @@ class Ending(NamedTuple):
             case "checkpointed":
                 end = Exit(self.spec.checkpoint_exit_code, None)
                 message, hint = f"frozen to {frozen_to}", f"'imgrun restore {frozen_to}' continues it"
+                if frozen_to == "-":
+                    message, hint = "frozen to an archive, written to standard output", "'imgrun restore FILE' continues it"
             case "lost":
-                message = "the process that served the image ended, and the job with it"
-                hint = f"see {self.job.path}/fuse.log"
+                message = "a process that served the job from outside ended, and the job with it"
+                hint = f"see {self.job.path}/fuse.log, or criu/lazy.log there"
             case "time-limit":
                 message = f"the job ran into its time limit of {self.spec.time_limit:g} s"
                 hint = "give a larger --time-limit"

@@ -9,24 +9,28 @@ from typing import Any
 from imgrun import checkpoint, errors
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
-from imgrun.checkpoint import Subject
 from imgrun.errors import CheckpointError, ImgrunError
 from imgrun.storage.trees import remove_tree
+from imgrun.subject import How, Subject, building_archive, building_place
 
 
 class Freezing:
     """One checkpoint under way. ``asker`` is who wants to know how it went; None when it is the supervisor itself."""
 
-    def __init__(self, subject: Subject, target: str, *, leave_running: bool, asker: Channel | None) -> None:
-        self.leave_running = leave_running
+    def __init__(self, subject: Subject, target: str, how: How, asker: Channel | None) -> None:
+        self.leave_running = how.leave_running
         self.target = target
-        self.building = checkpoint.building_place(target, subject.id)
+        self.building = [building_place(subject, target, how)]
+        """What is to be removed when it does not come to its end."""
+        if (unfinished := building_archive(subject, target, how)) is not None:
+            self.building.append(unfinished)
         self.asker = asker
+        self.warnings: list[str] = []
         self._channel, theirs = Channel.pair()
         self._pid = os.fork()
         if self._pid == 0:
             self._channel.close()
-            _work(subject, target, leave_running, theirs)
+            _work(subject, target, how, theirs)
         theirs.close()
 
     def fileno(self) -> int:
@@ -39,7 +43,8 @@ class Freezing:
         self._channel.close()
         os.waitpid(self._pid, 0)
         if received is None:
-            remove_tree(self.building)
+            for path in self.building:
+                remove_tree(path)
         answer: dict[str, Any] = received[0] if received else {
             "error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"
         }  # fmt: skip
@@ -49,19 +54,22 @@ class Freezing:
             except OSError:
                 pass  # whoever asked has gone
         if "error" not in answer:
+            self.warnings = list(answer["warnings"])
             return None
         error: ImgrunError = getattr(errors, answer["error"], CheckpointError)(answer["message"], answer["hint"])
         return error
 
 
-def _work(subject: Subject, target: str, leave_running: bool, channel: Channel) -> None:
-    answer: dict[str, Any] = {"ok": True}
+def _work(subject: Subject, target: str, how: How, channel: Channel) -> None:
+    answer: dict[str, Any] = {}
     try:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)  # they are meant for the supervisor
-        checkpoint.save(subject, target, leave_running=leave_running)
+        saved = checkpoint.save(subject, target, how)
+        statistics = saved.manifest["statistics"]
+        answer = {"ok": True, "timings": saved.timings, "warnings": saved.warnings, "statistics": statistics}
     except ImgrunError as e:
         answer = {"error": type(e).__name__, "message": e.message, "hint": e.hint}
     except Exception as e:  # noqa: BLE001 - the supervisor must hear of it

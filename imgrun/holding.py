@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from imgrun.isolation.cgroups.limits import Limits
     from imgrun.verdict import Verdict
 
-LEAST_ROOM = 64 << 20
-"""Bytes that a held job gets to be stopped or checkpointed in, at least: what it waits for it must get first."""
-
 
 class Hold:
     """Whether one job is held, and what it takes."""
@@ -49,11 +46,15 @@ class Hold:
             self._thaw()
             self._note("running", None)
 
-    def give_room(self, limits: Limits) -> None:
-        """Let a held job go on in more memory than it may have, for as long as stopping or saving it takes."""
+    def give_room(self, limits: Limits, room: int | None = None) -> None:
+        """Let a held job go on in more memory than it may have, to be stopped or saved: what it waits for it must get first.
+
+        ``room`` in bytes; None for no limit of its own.
+        """
         if self.held is not None and limits.memory is not None:
+            memory = None if room is None else limits.memory + room
             try:
-                self._cgroup.set_limits(limits._replace(memory=limits.memory + max(limits.memory, LEAST_ROOM)))
+                self._cgroup.set_limits(limits._replace(memory=memory, swap=limits.swap if memory else None))
             except LimitError:
                 pass  # the cgroup above has no more: the kernel will choose
             self._thaw()

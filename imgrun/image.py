@@ -100,6 +100,8 @@ class Image:
         self.device = device
         self.server: Helper | None = None
         """The process that serves the file system, where the kernel may not; when it dies, so does the job."""
+        self.mounts_below = False
+        """Whether :meth:`mount` gave a directory with what is mounted below it, since it may not be had without."""
         self._serve_in = serve_in
         self.warnings: list[str] = []
         if info.unclean:
@@ -116,7 +118,11 @@ class Image:
             root, self.server = _serve(self.lock_fd, self.info, self._serve_in, read_only=read_only)
             return root
         if self.device is None:
-            return mount.directory(self.lock_fd, read_only=read_only)
+            try:
+                return mount.directory(self.lock_fd, read_only=read_only)
+            except mount.MountsBelow:
+                self.mounts_below = True
+                return mount.directory(self.lock_fd, read_only=read_only, below=True)
         return _mount_root(self.device, self.info, read_only=read_only)
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from imgrun.errors import CommandNotExecutable, CommandNotFound, HostError, Imgr
 from imgrun.isolation.limits import Rlimit
 
 SHIM = "/dev/imgrun/init"
+PROTOCOL = 1
+"""Of :func:`arguments` and the status records. A checkpoint has the shim that it was made with, and says which this was."""
 NAME = "imgrun-init"
 REAPER_NAME = "imgrun-reaper"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal as signals
 import time
-from typing import Any
+from typing import Any, Literal
 
 from imgrun import errors
 from imgrun.channel import connect
@@ -67,23 +67,27 @@ class Job:
         memory: str | None = None,
         binds: tuple[str, ...] = (),
         allow: tuple[str, ...] = (),
+        lazy: bool = False,
         stdin: int | None = None,
         stdout: int | None = None,
         stderr: int | None = None,
     ) -> Job:
-        """Continue a job from the checkpoint in this directory and return once it runs; the checkpoint stays as it is.
+        """Continue a job from the checkpoint in this directory or archive and return once it runs; that stays as it is.
 
         ``image``, ``memory`` and ``binds`` (``NEW:DST``) replace what the job had, ``allow`` names refusals of
-        ``imgrun check`` that are to be ignored. Descriptors as of :meth:`start`. Raises RestoreError, and what ``start``
-        raises.
+        ``imgrun check`` that are to be ignored. With ``lazy`` it runs before all of its memory is read, where the kernel
+        allows that. Descriptors as of :meth:`start`. Raises RestoreError, and what ``start`` raises.
         """
-        from imgrun import manifest, preflight
+        from imgrun import preflight
         from imgrun.launcher import start_job
+        from imgrun.unpacking import opened
 
-        changes = {"image": image, "memory": memory, "binds": list(binds), "allow": list(allow)}
-        found = preflight.changed(manifest.load(checkpoint), image=image, memory=memory, binds=binds, allow=allow)
-        preflight.require(found, allow)
-        return cls(start_job(found.spec, (stdin, stdout, stderr), {"path": found.path} | changes))
+        changes = {"image": image, "memory": memory, "binds": list(binds), "allow": list(allow), "lazy": lazy}
+        with opened(checkpoint, allow) as loaded:
+            found = preflight.changed(loaded, image=image, memory=memory, binds=binds, allow=allow, lazy=lazy)
+            preflight.require(found, allow)
+            request = {"path": found.path, "archive": found.archive} | changes
+            return cls(start_job(found.spec, (stdin, stdout, stderr), request))
 
     @classmethod
     def find(cls, wanted: str) -> Job:
@@ -183,7 +187,9 @@ class Job:
                 raise TimeoutError(f"job {self.id} still runs")
             time.sleep(0.01)
 
-    def _request(self, patience: float | None = PATIENCE, /, **message: Any) -> dict[str, Any]:
+    def _request(
+        self, patience: float | None = PATIENCE, fds: tuple[int, ...] = (), /, **message: Any
+    ) -> dict[str, Any]:
         here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             channel = connect(f"/proc/self/fd/{here}/control")
@@ -193,7 +199,7 @@ class Job:
             os.close(here)
         try:
             channel.set_timeout(patience)
-            channel.send(message)
+            channel.send(message, fds)
             received = channel.receive()
         except OSError as e:
             raise JobStateError(f"job {self.id} does not answer: {e.strerror or e}", "it may just have ended") from e
@@ -226,14 +232,40 @@ class Job:
             _check_signal(signum)
         self._request(request="stop", timeout=timeout, signal=None if signum is None else int(signum))
 
-    def checkpoint(self, to: str, *, stop: bool = True) -> None:
-        """Freeze the job to the directory ``to``; it ends, or with ``stop=False`` runs on.
+    def checkpoint(
+        self,
+        to: str | None = None,
+        *,
+        stop: bool = True,
+        archive: str | int | None = None,
+        compress: bool = False,
+        capture_image: bool = False,
+        pre_dump: int | Literal["auto"] = 0,
+    ) -> dict[str, Any]:
+        """Freeze the job to the directory ``to``, or to an ``archive``; it ends, or with ``stop=False`` runs on.
 
-        Raises CheckpointError when it cannot be done; the job then runs on as before.
+        ``archive`` is a file to be made, or a descriptor to write to; it is compressed when its name ends in ``.zst``, or
+        with ``compress``. ``capture_image`` saves a ``--writable`` image too. ``pre_dump`` is the number of rounds in which
+        memory is saved before the job is frozen. Returns ``timings`` (step and milliseconds), ``statistics`` (those of the
+        manifest) and ``warnings``. Raises CheckpointError when it cannot be done; the job then runs on as before.
         """
-        self._request(None, request="checkpoint", to=os.path.abspath(to), leave_running=not stop)
+        from imgrun.archive import must_compress
+        from imgrun.subject import How
+
+        if (to is None) == (archive is None):
+            raise SpecError("a checkpoint goes to a directory or to an archive", "give one of them")
+        fds = (archive,) if isinstance(archive, int) else ()
+        target = "-" if fds else os.path.abspath(to if to is not None else str(archive))
+        if isinstance(archive, str):
+            compress = must_compress(archive, compress)
+        how = How(
+            leave_running=not stop, archive=archive is not None, compress=compress, capture_image=capture_image,
+            pre_dump=-1 if pre_dump == "auto" else int(pre_dump),
+        )  # fmt: skip
+        answer = self._request(None, fds, request="checkpoint", to=target, how=how._asdict())
         if stop:
             self.await_end()
+        return {key: answer[key] for key in ("timings", "statistics", "warnings")}
 
     def stats(self) -> dict[str, Any]:
         """What the job uses now: the fields of Usage so far, and ``memory_current``, ``swap_current``, ``pids_current``.
@@ -313,6 +345,10 @@ def collect(root: StateRoot) -> list[str]:
     are ours to remove.
     """
     done = []
+    if os.path.isdir(f"{root.path}/unpacked"):
+        from imgrun.unpacking import remove_leftovers
+
+        remove_leftovers(root)
     for job in root.leftovers():
         if not claim(job):
             continue
@@ -330,8 +366,9 @@ def _collect_one(job: JobDir) -> None:
     live = job.read("state.json")
     _end_init(live)
     building = live.get("building")
-    if isinstance(building, str) and building.endswith(f".{job.id}.new"):
-        remove_tree(building)
+    for path in building if isinstance(building, list) else ():
+        if isinstance(path, str) and path.endswith(f".{job.id}.new"):
+            remove_tree(path)
     remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
     remove_tree(f"{job.path}/scratch")  # first: on a full disk the record needs the room
     keep = bool(job.read("job.json").get("keep"))

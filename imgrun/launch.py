@@ -31,9 +31,9 @@ from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
 
 if TYPE_CHECKING:
-    from imgrun.checkpoint import Subject
     from imgrun.holding import Hold
     from imgrun.manifest import Checkpoint
+    from imgrun.subject import Subject
 
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
 SIGRTMIN = 34
@@ -61,6 +61,8 @@ class Launch:
         self.pid = 0
         self.rootless = False
         self._scratch_size = spec.scratch_size
+        self._shim = ""
+        self._fetching: Helper | None = None
         self.servers: list[Helper] = []
         """File servers: when one of them dies, so does the job."""
         self._pasta = ""
@@ -94,6 +96,10 @@ class Launch:
         self._make_cgroup()
         self.mark("cgroups")
         self._become_root()
+        if self.checkpoint is not None:
+            from imgrun.continuing import put_image
+
+            put_image(self.checkpoint)
         image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
         self._undo.append(image.close)
         self.warnings += image.warnings
@@ -113,17 +119,20 @@ class Launch:
         scratch = Scratch.create(f"{self.job.path}/scratch", self._scratch_size)
         self._undo.append(scratch.close)
         if self.checkpoint is not None:
-            from imgrun.continuing import put_files_back
+            from imgrun.continuing import put_files_back, shim_for
 
             held = self.checkpoint.hold()
             self._undo.append(lambda: os.close(held))
             put_files_back(self.checkpoint, scratch)
+            self._shim = shim_for(self.checkpoint, self.job.path)
+        self._shim = self._shim or init_shim.program()
         self.scratch = scratch
         self.mark("scratch")
-        base: list[Source] = [root, ScratchDir(scratch, self._scratch_size), Shim(init_shim.program())]
+        base: list[Source] = [root, ScratchDir(scratch, self._scratch_size), Shim(self._shim)]
         owner = self.outside_ids() or (self.user.uid, self.user.gid)
-        if self.rootless and spec.root != "writable" and not union.kernel_can(f"{self.job.path}/probe"):
-            base = self._use_fuse_overlay(scratch)
+        if self.rootless and spec.root != "writable":
+            why = union.needed(f"{self.job.path}/probe", mounts_below=image.mounts_below)
+            base = self._use_fuse_overlay(scratch, why) if why else base
         self._host_ids = spec.userns == "off"
 
         def plan() -> Plan:
@@ -185,14 +194,14 @@ class Launch:
             return True
         return gid < userns.RANGE if self._ids is None else self._ids.outside_gid(gid) is not None
 
-    def _use_fuse_overlay(self, scratch: Scratch) -> list[Source]:
+    def _use_fuse_overlay(self, scratch: Scratch, why: str) -> list[Source]:
         """Where the kernel refuses an overlay to us, a file server makes one; to the plan it is the root itself."""
-        mounted, server = union.serve(self._fds["image"], scratch, self.job.path)
-        self.warnings.append("the kernel refuses an overlay here: the root is served by fuse-overlayfs, which is slower")
+        mounted, server = union.serve(self._fds["image"], scratch, self.job.path, why)
+        self.warnings.append(f"{why}: the root is served by fuse-overlayfs, which is slower")
         self._undo.append(server.close)
         self.servers.append(server)
         self._fds["image"] = mounted
-        return [Union(mounted), ScratchDir(scratch, self._scratch_size), Shim(init_shim.program())]
+        return [Union(mounted), ScratchDir(scratch, self._scratch_size), Shim(self._shim)]
 
     def _hold_ids(self) -> None:
         if self.spec.userns == "off" or self.rootless:
@@ -411,13 +420,14 @@ class Launch:
 
         ``stdin`` is where its input comes from: None for nowhere, negative when that has come to its end.
         """
-        from imgrun.checkpoint import Subject
         from imgrun.continuing import position
+        from imgrun.subject import Subject
 
         return Subject(
             id=self.job.id, spec=self.spec, hostname=self.hostname, init=self.pid, scratch=self.scratch.path,
             userns=self._ids is not None, rootless=self.rootless, input=position(stdin), unsent=unsent,
-            usage=lambda: self.meter.so_far(time.monotonic() - began).to_dict(),
+            usage=lambda: self.meter.so_far(time.monotonic() - began).to_dict(), shim=self._shim,
+            fetching=self._fetching.pid if self._fetching else None,
         )  # fmt: skip
 
     def continue_from(self, stdio: tuple[int, ...]) -> None:
@@ -430,12 +440,18 @@ class Launch:
         work = f"{self.job.path}/criu"
         os.mkdir(work, 0o700)
         try:
-            restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio, work)
+            self._fetching, warning = restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio, work)
         except RestoreError as e:
             raise RestoreError(e.message, self._keep_log(f"{work}/criu.log")) from e
         finally:
             for fd in join:
                 os.close(fd)
+        if self._fetching is not None:
+            # Without it, what the job has not touched yet would read as zeros.
+            self.servers.append(self._fetching)
+            self._undo.append(self._fetching.close)
+        if warning is not None:
+            self.warnings.append(warning)
         self.mark("processes restored")
 
     def _keep_log(self, path: str) -> str:

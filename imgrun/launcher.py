@@ -243,8 +243,8 @@ def _load(request: dict[str, Any] | None) -> Checkpoint | None:
     from imgrun import manifest, preflight
 
     return preflight.changed(
-        manifest.load(request["path"]), image=request["image"], memory=request["memory"],
-        binds=tuple(request["binds"]), allow=tuple(request["allow"]),
+        manifest.load(request["path"])._replace(archive=request["archive"]), image=request["image"],
+        memory=request["memory"], binds=tuple(request["binds"]), allow=tuple(request["allow"]), lazy=request["lazy"],
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class Meter:
         from imgrun.verdict import MemoryWatch
 
         self._init = pid
-        self.memory = MemoryWatch(self._cgroup)
+        self.memory = MemoryWatch(self._cgroup, pid)
         if self.spec.pmu == "off":
             return
         from imgrun.pmu.counters import Counters

@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 
 from imgrun import identity
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
-from imgrun.manifest import OLDER, Checkpoint, changed_files, foreign_owner
+from imgrun.init_shim import PROTOCOL
+from imgrun.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, size_of
 from imgrun.spec import JobSpec, parse_bind
 
 Level = Literal["ok", "warning", "refused"]
-OVERRIDES = ("owner", "image-changed", "cpu", "criu", "ids", "second-copy")
+OVERRIDES = ("owner", "image-changed", "cpu", "kernel", "criu", "ids", "second-copy")
 """What ``--allow`` may name."""
 
 
@@ -34,17 +35,21 @@ def changed(
     memory: str | None = None,
     binds: tuple[str, ...] = (),
     allow: tuple[str, ...] = (),
+    lazy: bool = False,
 ) -> Checkpoint:
     """The checkpoint with what is to be different this time. ``binds`` are ``NEW:DST``, for mounts that it has.
 
-    Raises SpecError.
+    An ``image`` that is not there yet is where a captured one is to be put. Raises SpecError.
     """
     if unknown := set(allow) - set(OVERRIDES):
         raise SpecError(f"--allow {min(unknown)!r} is unknown", f"one of: {', '.join(OVERRIDES)}")
     spec = checkpoint.spec
     changes: dict[str, object] = {}
+    target = None
     if image is not None:
-        changes["image"] = image
+        changes["image"] = os.path.abspath(image)
+        if IMAGE in checkpoint.manifest.get("files", {}) and not os.path.lexists(image):
+            target = os.path.abspath(image)
     if memory is not None:
         changes["memory"] = memory
     mounts = list(spec.mounts)
@@ -56,7 +61,9 @@ def changed(
             raise SpecError(f"the job has no mount at {bind.dst} whose source could be another", f"it has: {known}")
         mounts[place] = mounts[place]._replace(src=os.path.abspath(bind.src))
     changes["mounts"] = tuple(mounts)
-    return checkpoint._replace(spec=spec.with_changes(**changes), shared="second-copy" in allow)
+    return checkpoint._replace(
+        spec=spec.with_changes(**changes), shared="second-copy" in allow, image_target=target, lazy=lazy
+    )
 
 
 def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
@@ -132,7 +139,7 @@ def _host(checkpoint: Checkpoint) -> list[Finding]:
     version = identity.version_tuple
     if version(here["kernel"])[:2] < version(was["kernel"])[:2]:
         text = f"this kernel is {here['kernel']}, older than the job's {was['kernel']}"
-        found.append(Finding("warning", "kernel", text))
+        found.append(Finding("refused", "kernel", text, "continue it on a host with as new a kernel"))
     else:
         found.append(Finding("ok", "kernel", f"{here['kernel']}, and was {was['kernel']}"))
     if here["criu"] is None:
@@ -143,11 +150,14 @@ def _host(checkpoint: Checkpoint) -> list[Finding]:
     else:
         found.append(Finding("ok", "criu", f"{here['criu']}, and was {was['criu']}"))
     found.append(_ids(checkpoint))
+    if (protocol := checkpoint.manifest.get("shim", PROTOCOL)) != PROTOCOL:
+        text = f"its first processes speak another language ({protocol}) than this imgrun ({PROTOCOL})"
+        found.append(Finding("refused", "shim", text, "continue it with the imgrun that made it"))
     return found
 
 
 def _ids(checkpoint: Checkpoint) -> Finding:
-    from imgrun.isolation.rootless import is_host_root
+    from imgrun.isolation.rootless import is_host_root, number_of_ids
 
     manifest = checkpoint.manifest
     rootless = not is_host_root()
@@ -158,11 +168,17 @@ def _ids(checkpoint: Checkpoint) -> Finding:
     if rootless and outside not in (0, os.geteuid()):
         text = f"it was made by uid {outside}, and you are {os.geteuid()}"
         return Finding("refused", "ids", text, "continue it as that user")
+    most = sum(row[2] for row in manifest["ids"]["uid"])
+    if rootless and most > (here := number_of_ids()):
+        text = f"its job had {most} ids, and you have {here}"
+        return Finding("refused", "ids", text, "ask for as many subordinate ids in /etc/subuid and /etc/subgid")
     return Finding("ok", "ids", "its files have owners that you can give")
 
 
 def _image(checkpoint: Checkpoint) -> list[Finding]:
     path = checkpoint.spec.image
+    if checkpoint.image_target is not None:
+        return [Finding("ok", "image", f"it is in the checkpoint, and is put at {path}")]
     writable = checkpoint.spec.root == "writable"
     try:
         difference = identity.same_image(checkpoint.manifest["image"], path)
@@ -176,6 +192,8 @@ def _image(checkpoint: Checkpoint) -> list[Finding]:
         found.append(Finding("ok", "image", f"{path} is as it was"))
     else:
         hint = "take the image as it was" + (": the job wrote into it, and goes on where it stood" if writable else "")
+        if IMAGE in checkpoint.manifest.get("files", {}):
+            hint = "put the image that was captured elsewhere, with --image NEWPATH"
         found.append(Finding("refused", "image-changed", f"{path} is not the image that it was: {difference}", hint))
     found += _image_in_use(path, writable)
     return found
@@ -234,7 +252,14 @@ def _files(checkpoint: Checkpoint) -> list[Finding]:
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         return [Finding("refused", "files", f"{wrong[0]}{more}", OLDER)]
-    total = sum(file["size"] for file in checkpoint.manifest["files"].values())
-    return [Finding("ok", "files", f"{len(checkpoint.manifest['files'])} files, {total >> 20} MiB, are as written")]
+    manifest = checkpoint.manifest
+    total = size_of(manifest["files"])
+    found = [Finding("ok", "files", f"{len(manifest['files'])} files, {total >> 20} MiB, are as written")]
+    if (tree := manifest.get("tree")) is None:
+        found.append(Finding("warning", "files", "what the job wrote to disk has no hashes: it is taken as it is"))
+    else:
+        text = f"what the job wrote to disk, {tree['entries']} entries, {tree['bytes'] >> 20} MiB, is as written"
+        found.append(Finding("ok", "files", text))
+    return found
 
 

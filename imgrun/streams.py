@@ -94,6 +94,14 @@ class Streams:
         if self._terminal is not None:
             self._terminal.copy_size(self._master)
 
+    def say(self, line: bytes) -> bool:
+        """Write a line of ours where the job's errors go, if that can be done at once; whether it could."""
+        sink = self.relay.outputs[1].sink if len(self.relay.outputs) == 2 and self.relay.outputs[1].open else 2
+        try:
+            return os.write(sink, line) == len(line)
+        except OSError:
+            return False
+
     def resume(self) -> None:
         """Read on from a terminal that may be ours again."""
         for pump in self.relay.inputs:

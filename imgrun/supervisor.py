@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from imgrun.helper import Helper
     from imgrun.holding import Hold
     from imgrun.manifest import Checkpoint
+    from imgrun.subject import How
 
 FORWARDED = tuple(
     s for s in (
@@ -76,6 +77,8 @@ class Supervisor:
         self._freezing: Freezing | None = None
         self._checkpoint = checkpoint
         self._stop_at_checkpoint = stop_at_checkpoint
+        self.told: set[str] = set()
+        """Warnings that have been said already."""
         self._hold: Hold | None = None
         self._sent: set[int] = set()
         """The signals that somebody has asked us to send."""
@@ -142,6 +145,12 @@ class Supervisor:
     def _note(self, text: str) -> None:
         if self._launch is not None:
             self._launch.warnings.append(text)
+
+    def _tell(self, text: str) -> None:
+        """Note it, and say it at once where the job's errors go: nobody asked for it, and its end may be far."""
+        self._note(text)
+        if self.streams.say(f"imgrun: warning: {text}\n".encode()):
+            self.told.add(text)
 
     # -- starting -----------------------------------------------------------------------------------------------------
 
@@ -320,7 +329,7 @@ class Supervisor:
         assert self.spec.checkpoint_every is not None
         assert self.spec.checkpoint_dir is not None
         self._freeze_at = moment + self.spec.checkpoint_every
-        self.freeze(self.spec.checkpoint_dir, leave_running=not self._stop_at_checkpoint, asker=None)
+        self._freeze(leave_running=not self._stop_at_checkpoint)
 
     def _patience(self) -> float | None:
         """Milliseconds until the next thing that time decides."""
@@ -355,7 +364,7 @@ class Supervisor:
             self._reason = reason
         self._kill_at = time.monotonic() + timeout
         if self._hold is not None:
-            self._hold.give_room(self.spec.limits())
+            self._hold.give_room(self.spec.limits(), room=self.spec.memory)
         self._send(signum)
 
     def _end(self, reason: Reason) -> None:
@@ -392,7 +401,7 @@ class Supervisor:
 
     # -- requests of other imgrun commands ----------------------------------------------------------------------------
 
-    def _answer(self, message: dict[str, Any], asker: Channel) -> dict[str, Any] | None:
+    def _answer(self, message: dict[str, Any], asker: Channel, fds: list[int]) -> dict[str, Any] | None:
         match message.get("request"):
             case "signal":
                 self._signal(int(message["signal"]))
@@ -401,7 +410,9 @@ class Supervisor:
                 timeout = message.get("timeout")
                 self.stop("stopped", int(signum), self.spec.stop_timeout if timeout is None else float(timeout))
             case "checkpoint":
-                self.freeze(str(message["to"]), leave_running=bool(message.get("leave_running")), asker=asker)
+                from imgrun.subject import How
+
+                self.freeze(str(message["to"]), How.asked(message, fds), asker)
                 return None
             case "stats":
                 launch = self._launch
@@ -413,7 +424,7 @@ class Supervisor:
                 return {"error": f"unknown request {other!r}"}
         return {"ok": True}
 
-    def freeze(self, target: str, *, leave_running: bool, asker: Channel | None) -> None:
+    def freeze(self, target: str, how: How, asker: Channel | None) -> None:
         """Begin a checkpoint; the loop goes on, and learns of its end."""
         from imgrun.freezing import Freezing
 
@@ -428,19 +439,26 @@ class Supervisor:
             if asker is not None:
                 asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
             else:
-                self._note(f"no checkpoint: {e.message}")
+                self._tell(f"no checkpoint: {e.message}")
             return
         if self._hold is not None:
             self._hold.give_room(self.spec.limits())
-        self._freezing = Freezing(subject, target, leave_running=leave_running, asker=asker)
+        self._freezing = Freezing(subject, target, how, asker)
         # For whoever cleans up, if this process is killed.
         self.job.write("state.json", self.job.read("state.json") | {"building": self._freezing.building})
+
+    def _freeze(self, *, leave_running: bool) -> None:
+        """Begin a checkpoint that nobody waits for, to where the spec says."""
+        from imgrun.subject import How
+
+        assert self.spec.checkpoint_dir is not None
+        self.freeze(self.spec.checkpoint_dir, How(leave_running=leave_running), None)
 
     def _freeze_and_end(self) -> None:
         """What a checkpoint signal asks for. Schedulers send it more than once, and whatever is being done."""
         if self._freezing is None and self.spec.checkpoint_dir is not None:
             self._end_frozen = False
-            self.freeze(self.spec.checkpoint_dir, leave_running=False, asker=None)
+            self._freeze(leave_running=False)
         elif self._freezing is not None and self._freezing.leave_running:
             self._end_frozen = True  # once that is done
 
@@ -450,8 +468,10 @@ class Supervisor:
         error = freezing.finish()
         if self._hold is not None and self._reason is None and (error is not None or freezing.leave_running):
             self._hold.take_back(self.spec.limits())
+        for warning in freezing.warnings:
+            self._note(warning)
         if error is not None:
-            self._note(f"checkpoint failed: {error.message}")
+            (self._note if freezing.asker else self._tell)(f"checkpoint failed: {error.message}")
         elif not freezing.leave_running:
             self._reason = "checkpointed"
             self._frozen_to = freezing.target

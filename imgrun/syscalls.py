@@ -155,7 +155,18 @@ def set_propagation(target: str, flags: int) -> None:
 
 
 def open_tree(path: str, flags: int, dirfd: int = AT_FDCWD) -> int:
-    return _checked(_lib.ig_open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path or None)
+    """A descriptor of a mount. A copy (OPEN_TREE_CLONE) is private, so that mounts on it stay its own.
+
+    Otherwise it would be a peer of the mount it was copied from wherever that is shared, as all are under systemd.
+    """
+    fd: int = _checked(_lib.ig_open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path or None)
+    if flags & OPEN_TREE_CLONE:
+        try:
+            mount_setattr(fd, propagation=MS_PRIVATE, recursive=bool(flags & AT_RECURSIVE))
+        except BaseException:
+            os.close(fd)
+            raise
+    return fd
 
 
 def clone_mount(fd: int, *, recursive: bool) -> int:

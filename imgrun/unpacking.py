@@ -16,11 +16,12 @@ import stat
 import subprocess
 import tarfile
 import time
+from collections.abc import Iterator
 from typing import IO, Any
 
 from imgrun.apart import apart
 from imgrun.errors import ImgrunError, NoSpace, RestoreError
-from imgrun.manifest import DIRECTORY, LARGEST_MANIFEST, MANIFEST, SINGLE, size_of
+from imgrun.manifest import DIRECTORY, LARGEST_MANIFEST, MANIFEST, SINGLE, Checkpoint, load, size_of
 from imgrun.state import StateRoot
 from imgrun.storage.trees import remove_tree
 
@@ -66,7 +67,8 @@ class Unpacked:
             os.close(source)
 
     def close(self) -> None:
-        remove_tree(self.path)
+        with contextlib.suppress(ImgrunError):  # whoever comes next tries again
+            remove_tree(self.path)
         os.close(self._lock)
 
     def __enter__(self) -> Unpacked:
@@ -74,6 +76,16 @@ class Unpacked:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def opened(path: str, allow: tuple[str, ...] = ()) -> Iterator[Checkpoint]:
+    """The checkpoint in a directory, or unpacked from an archive until the job is started. Raises RestoreError, NoSpace."""
+    if not is_archive(path):
+        yield load(path)
+        return
+    with Unpacked(path, allow=allow) as unpacked:
+        yield load(unpacked.path)._replace(archive=unpacked.archive)
 
 
 def _open(path: str, allow: tuple[str, ...]) -> int:
@@ -176,6 +188,7 @@ def _ranges(member: tarfile.TarInfo) -> list[tuple[int, int]]:
 class _Unpacker:
     def __init__(self, tar: tarfile.TarFile, top: int, archive: str) -> None:
         self._tar = tar
+        self._remembered: list[tarfile.TarInfo] = tar.members  # type: ignore[attr-defined]
         self._top = top
         self._archive = archive
         self._bytes = LARGEST_MANIFEST
@@ -191,7 +204,7 @@ class _Unpacker:
         self._file(first, self._top, MANIFEST)
         self._expect()
         while (member := self._tar.next()) is not None:
-            self._tar.members = []  # it would remember all
+            self._remembered.clear()  # or it would keep all of them
             self._members -= 1
             if self._members < 0:
                 raise self._bomb("members")

@@ -55,10 +55,11 @@ class Verdict(NamedTuple):
 class MemoryWatch:
     """Follows what happens to one job for want of memory, and tells of it."""
 
-    def __init__(self, cgroup: JobCgroup) -> None:
+    def __init__(self, cgroup: JobCgroup, init: int) -> None:
+        """``init`` is the host's pid of the job's PID 1, whose user namespace has its map by now."""
         self._cgroup = cgroup
         self._levels = cgroup.memory_levels()
-        self._log = KernelLog(os.path.basename(cgroup.paths[0])) if cgroup.paths else None
+        self._log = KernelLog(os.path.basename(cgroup.paths[0]), own_ids(init)) if cgroup.paths else None
         self._looked_at = float("-inf")
         self._began: float | None = None
         self._pause = WAIT_FIRST
@@ -143,7 +144,9 @@ class MemoryWatch:
         words = []
         if peak is not None:
             words.append(f"its peak was {format_size(peak)}{self._parts()}")
-        if processes := self._largest(told):
+        processes = self._largest(told)
+        # What has ended before it could be seen was larger than what is left: then nothing is better than a wrong lead.
+        if processes and 4 * sum(p.memory for p in processes) >= (peak or 0) - self._in_files():
             words.append(f"its largest processes then: {', '.join(map(str, processes))}")
         return words
 
@@ -158,6 +161,11 @@ class MemoryWatch:
         )  # fmt: skip
         named = [f"{format_size(size)} {name}" for name, size in parts if size and size >= 1 << 20]
         return f" ({', '.join(named)})" if named else ""
+
+    def _in_files(self) -> int:
+        """Bytes that were no process's own at the time."""
+        held = self.held
+        return 0 if held is None else (held.memory_file or 0) + (held.memory_kernel or 0)
 
     def _largest(self, told: Told) -> list[Process]:
         """Those seen, and those that the kernel says it killed, by whichever of the two saw more of them."""
@@ -245,8 +253,10 @@ class Told(NamedTuple):
 class KernelLog:
     """The kernel's log from now on (Documentation/ABI/testing/dev-kmsg); silent where it may not be read."""
 
-    def __init__(self, cgroup_name: str) -> None:
+    def __init__(self, cgroup_name: str, ids: range) -> None:
+        """``ids`` are the host's user ids that are the job's alone; empty when it has none of its own."""
         self._name = cgroup_name
+        self._ids = ids
         try:
             self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             os.lseek(self._fd, 0, os.SEEK_END)
@@ -270,7 +280,8 @@ class KernelLog:
                 ours = self._name in fields.get("task_memcg", "").split("/")
                 if ours:
                     limit_of = fields.get("oom_memcg")
-            elif ours and "Killed process " in line:
+            elif "Killed process " in line and (ours or _uid(line) in self._ids):
+                # The line before it is left out when there were many.
                 ours = False
                 killed.append(_victim(line))
         return Told(limit_of, tuple(killed))
@@ -279,6 +290,21 @@ class KernelLog:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def own_ids(init: int) -> range:
+    """The host's user ids of a job's user namespace, when that is not everybody's (user_namespaces(7), uid_map)."""
+    try:
+        with open(f"/proc/{init}/uid_map", "rb") as f:
+            _, outside, count = map(int, f.readline().split())
+    except (OSError, ValueError):
+        return range(0)
+    return range(outside, outside + count) if outside else range(0)
+
+
+def _uid(line: str) -> int:
+    value = line.rpartition(" UID:")[2].partition(" ")[0]
+    return int(value) if value.isdigit() else -1
 
 
 def _victim(line: str) -> tuple[str, int]:

@@ -4,7 +4,8 @@
  *   counted sleep PROCESSES THREADS TIMES
  *                                    so many processes, each with so many threads, each of which sleeps so many times;
  *                                    prints the context switches that the kernel noted for all of them (getrusage(2))
- *   counted hold MIB [FILE]          takes so much memory, in steps of 1 MiB; then, with FILE, waits until that is there
+ *   counted hold MIB [FILE [MS]]     takes so much memory, in steps of 1 MiB, with so many milliseconds between them; then,
+ *                                    with FILE, waits until that is there
  *   counted tick FILE                a line a tick until FILE is there: what is restored goes on where it was
  */
 #define _GNU_SOURCE
@@ -68,13 +69,14 @@ static int touch(long pages)
     return 0;
 }
 
-static int hold(long mebibytes, const char *until)
+static int hold(long mebibytes, const char *until, long milliseconds)
 {
     for (long i = 0; i < mebibytes; i++) {
         char *memory = malloc(1 << 20);
         if (memory == NULL)
             return 2;
         memset(memory, 1, 1 << 20);
+        nap(milliseconds * 1000000);
     }
     puts("holds");
     fflush(stdout);
@@ -102,7 +104,7 @@ int main(int argc, char **argv)
         return sleep_many(atol(argv[2]), atol(argv[3]));
     }
     if (argc >= 3 && strcmp(argv[1], "hold") == 0)
-        return hold(atol(argv[2]), argc > 3 ? argv[3] : NULL);
+        return hold(atol(argv[2]), argc > 3 ? argv[3] : NULL, argc > 4 ? atol(argv[4]) : 0);
     if (argc == 3 && strcmp(argv[1], "tick") == 0)
         return tick(argv[2]);
     return 3;

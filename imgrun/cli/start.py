@@ -227,6 +227,7 @@ def run_foreground(
     flags: dict[str, Any],
     checkpoint: Checkpoint | None = None,
     *,
+    on_started: Callable[[], None] | None = None,
     at_end: Callable[[Result], None] | None = None,
     stop_at_checkpoint: bool = False,
 ) -> int:
@@ -244,13 +245,16 @@ def run_foreground(
     stdio = Stdio(
         own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
     )
-    supervisor = Supervisor(job, spec, stdio, checkpoint=checkpoint, stop_at_checkpoint=stop_at_checkpoint)
+    supervisor = Supervisor(
+        job, spec, stdio, on_started=on_started, checkpoint=checkpoint, stop_at_checkpoint=stop_at_checkpoint
+    )
     result = supervisor.run()
     finish(job, keep=keep)
     if at_end is not None:
         at_end(result)
     for warning in result.warnings:
-        warn(warning)
+        if warning not in supervisor.told:
+            warn(warning)
     if result.message:
         report(ImgrunError(result.message, result.hint))
     if result_file or flags["as_json"]:

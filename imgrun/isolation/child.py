@@ -87,7 +87,7 @@ def _become_init(setup: Setup) -> None:
     for fd in setup.join:
         os.write(fd, b"0")
         os.close(fd)
-    limits.raise_oom_score()
+    limits.raise_oom_score(above=limits.ABOVE_SUPERVISOR)
     if setup.userns:
         os.setresgid(0, 0, 0)
         if setup.drop_groups:

@@ -39,6 +39,9 @@ _LARGEST = 2**63 - 1
 
 UMASK = 0o022
 OOM_SCORE_ADJ = 500
+ABOVE_SUPERVISOR = 100
+"""How much the job's score is above the supervisor's, whatever that has inherited."""
+HIGHEST_OOM_SCORE = 1000
 
 
 class Rlimit(NamedTuple):
@@ -149,15 +152,18 @@ def _number(limit: int | None) -> int:
     return -1 if limit is None else limit
 
 
-def raise_oom_score(score: int = OOM_SCORE_ADJ) -> None:
+def raise_oom_score(score: int = OOM_SCORE_ADJ, above: int = 0) -> None:
     """Have the out-of-memory killer prefer this process and its children to the rest of the host.
 
-    The score (0 to 1000, proc(5), oom_score_adj) is only ever raised, which needs no privilege. To be called before
-    this process changes its ids: after that, its files in /proc belong to root. Raises OSError.
+    The score (0 to 1000, proc(5), oom_score_adj) is only ever raised, which needs no privilege: to ``score``, and by
+    ``above`` at least. To be called before this process changes its ids: after that, its files in /proc belong to root.
+    Raises OSError.
     """
     fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
     try:
-        if int(os.read(fd, 16)) < score:
+        present = int(os.read(fd, 16))
+        score = max(score, min(present + above, HIGHEST_OOM_SCORE))
+        if present < score:
             os.pwrite(fd, str(score).encode(), 0)
     finally:
         os.close(fd)

@@ -65,6 +65,12 @@ class _Maps:
         return found
 
 
+def number_of_ids() -> int:
+    """How many user ids a job of the caller's has."""
+    maps = _Maps()
+    return sum(r.size for r in maps.uids) if maps.by_helper or maps.uid == 0 else 1
+
+
 def _own_ids(path: str) -> list[IdRange]:
     with open(path, "rb") as f:
         rows = [line.split() for line in f]

@@ -230,7 +230,13 @@ class Site:
             remove_tree(self.checkpoint)
         except ImgrunError as e:
             result.warnings = (*result.warnings, e.message)
-        chirp.update(chirp.of_result(result))
+        ad = chirp.of_result(result)
+        if result.reason == "checkpointed":
+            from imgrun.identity import processor
+
+            # For requirements: where the checkpoint can be continued.
+            ad["ImgrunCpuFeatures"] = ",".join(processor()["features"])
+        chirp.update(ad)
 
     def _written(self) -> list[str]:
         """The files of the sandbox that are the job's: all that is newer than its start here."""

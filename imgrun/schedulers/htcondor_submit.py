@@ -21,9 +21,10 @@ SUBMIT_FILE = """\
 # Written by 'imgrun submit --to htcondor --spec {spec}'.
 # It can be changed, and submitted by condor_submit.
 
-# imgrun is installed on the execute machines. Where its site advertises it (imgrun doctor --classad), this sends the job to
-# such machines only, and a checkpoint only to where it can be continued:
-#requirements = HasImgrun
+# imgrun is installed on the execute machines. Where its site advertises it (imgrun doctor --classad), these lines send the
+# job to such machines only, and a checkpoint only to processors on which it can be continued:
+#requirements = TARGET.HasImgrunCheckpoints && (isUndefined(MY.ChirpImgrunCpuFeatures) \
+#    || stringListSubsetMatch(MY.ChirpImgrunCpuFeatures, TARGET.ImgrunCpuFeatures))
 executable = {executable}
 transfer_executable = false
 arguments = "{arguments}"

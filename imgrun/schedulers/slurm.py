@@ -45,6 +45,9 @@ class Site:
             raise SpecError("--slurm is for jobs of Slurm's, and SLURM_JOB_ID is not set", "submit it with sbatch or srun")
         self._environ = environ
         self.job = environ["SLURM_JOB_ID"]
+        """How Slurm's commands call it. An array's last task has the number of the whole array: those go by their tasks."""
+        if (task := self._number("SLURM_ARRAY_TASK_ID")) is not None:
+            self.job = f"{environ.get('SLURM_ARRAY_JOB_ID', self.job)}_{task}"
         self.warn = warn
         self.grace = grace
         """Seconds from the first signal to SIGKILL, as the user says; None to ask Slurm."""
@@ -64,8 +67,7 @@ class Site:
     @property
     def key(self) -> str:
         """What tells this task's checkpoint from those of others, the same in every life: JOB[_ARRAYTASK][.STEP[.TASK]]."""
-        array = self._number("SLURM_ARRAY_TASK_ID")
-        key = self.job if array is None else f"{self._environ.get('SLURM_ARRAY_JOB_ID', self.job)}_{array}"
+        key = self.job
         step = self._number("SLURM_STEP_ID")
         if step is not None:
             key += f".{step}"

@@ -6,6 +6,7 @@ import os
 import shlex
 
 from imgrun.errors import SpecError
+from imgrun.isolation.cgroups.limits import Limits
 from imgrun.schedulers import submission
 from imgrun.spec import JobSpec
 
@@ -20,7 +21,7 @@ SCRIPT = """\
 # It can be changed, and submitted by sbatch.
 #SBATCH --job-name={name}
 #
-# What the job may use. imgrun keeps the same limits, where it may.
+# What the job may use. imgrun keeps the same limits, where it may (--limits best-effort).
 {resources}
 #
 # Preempted, or {notice} s before its time limit, the job is told by USR1, and imgrun freezes it to the directory
@@ -30,7 +31,7 @@ SCRIPT = """\
 #
 # The next life continues it, and its output. By exec, the signals are imgrun's and not the shell's.
 #SBATCH --open-mode=append
-exec {imgrun} start --slurm --spec {spec_word}
+exec {imgrun} start --slurm{limits} --spec {spec_word}
 """
 
 
@@ -49,7 +50,8 @@ def submit_file(spec: JobSpec, spec_path: str) -> str:
         resources.append(f"#SBATCH --time={minutes}")
     return SCRIPT.format(
         spec=spec_path, name="".join(c if c.isalnum() or c in "_.-" else "_" for c in name), resources="\n".join(resources),
-        notice=NOTICE, imgrun=submission.command(), spec_word=shlex.quote(spec_path),
+        notice=NOTICE, imgrun=submission.command(), limits="" if spec.limits() == Limits() else " --limits best-effort",
+        spec_word=shlex.quote(spec_path),
     )  # fmt: skip
 
 

@@ -59,20 +59,28 @@ def file_system(
         raise HostError(f"{name} cannot be mounted: {e.strerror}", "'dmesg | tail' may say more") from e
 
 
-def directory(fd: int, *, read_only: bool, nosuid: bool = False) -> int:
-    """A mount of the directory ``fd`` alone: nothing that is mounted below it, now or later, is seen in it."""
+class MountsBelow(HostError):
+    """A directory that can only be had together with what is mounted below it."""
+
+
+def directory(fd: int, *, read_only: bool, nosuid: bool = False, below: bool = False) -> int:
+    """A mount of the directory ``fd`` alone: nothing that is mounted below it, now or later, is seen in it.
+
+    Without the host's root, what mounts hide must stay hidden (mount_namespaces(7)): MountsBelow is raised where there are
+    any. With ``below`` they come along.
+    """
     try:
-        mount = sc.clone_mount(fd, recursive=False)
+        mount = sc.clone_mount(fd, recursive=below)
     except OSError as e:
         if e.errno in (errno.EPERM, errno.EACCES):
             raise PrivilegeError("the caller may not mount directories", "run imgrun as root") from e
-        hint = "without root it must have no mounts below it; nobody can use an unbindable mount"
-        raise HostError(f"the directory cannot be mounted: {e.strerror}", hint) from e
+        kind = MountsBelow if e.errno == errno.EINVAL and not below else HostError
+        raise kind(f"the directory cannot be mounted: {e.strerror}", "nobody can use an unbindable mount") from e
     attributes = sc.MOUNT_ATTR_NODEV
     attributes |= sc.MOUNT_ATTR_RDONLY if read_only else 0
     attributes |= sc.MOUNT_ATTR_NOSUID if nosuid else 0
     try:
-        sc.mount_setattr(mount, set=attributes, propagation=sc.MS_PRIVATE)
+        sc.mount_setattr(mount, set=attributes, propagation=sc.MS_PRIVATE, recursive=below)
     except BaseException:
         os.close(mount)
         raise

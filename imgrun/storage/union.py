@@ -10,15 +10,26 @@ import os
 from imgrun import syscalls as sc
 from imgrun.errors import HostError
 from imgrun.helper import Helper, find_program
+from imgrun.isolation.mounts import tmpfs
 from imgrun.storage import fuse
 from imgrun.storage.scratch import Scratch
 from imgrun.storage.trees import remove_tree
 
 
-def kernel_can(directory: str) -> bool:
-    """Whether the kernel makes an overlay for us on the file system of ``directory``, which is made and removed."""
-    if os.environ.get("IMGRUN_OVERLAY") == "fuse":
-        return False
+def needed(directory: str, *, mounts_below: bool) -> str:
+    """Why the kernel's overlay cannot be used, in words; empty when it can.
+
+    ``directory`` is made and removed, on the file system of the scratch. ``mounts_below`` says that the lower layer has
+    mounts in it: the kernel would uncover what they hide, and so refuses.
+    """
+    if mounts_below:
+        return "the kernel refuses an overlay on a directory with mounts below it"
+    if os.environ.get("IMGRUN_OVERLAY") == "fuse" or not _kernel_can(directory):
+        return "the kernel refuses an overlay here"
+    return ""
+
+
+def _kernel_can(directory: str) -> bool:
     names = ("lower", "upper", "work")
     os.mkdir(directory, 0o700)
     try:
@@ -40,15 +51,30 @@ def kernel_can(directory: str) -> bool:
         remove_tree(directory)
 
 
-def serve(image_fd: int, scratch: Scratch, directory: str) -> tuple[int, Helper]:
+def _cover_proc(directory: str) -> None:
+    """Hide each /proc mounted below ``directory``: its files are opened by the server, which may look into the caller."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        lines = [line.split(b" ") for line in table]
+    for fields in lines:
+        point = os.fsdecode(fields[4])
+        for escaped, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+            point = point.replace(escaped, character)
+        if point.startswith(f"{directory}/") and fields[fields.index(b"-") + 1] == b"proc":
+            empty = tmpfs(4096, 0o555)
+            sc.move_mount(empty, point)
+            os.close(empty)
+
+
+def serve(image_fd: int, scratch: Scratch, directory: str, why: str) -> tuple[int, Helper]:
     """Serve the union of the mount ``image_fd`` and the scratch; returns a detached mount of it, and the server.
 
-    Takes ``image_fd`` over. Raises HostError when fuse-overlayfs is not installed or cannot do it.
+    Takes ``image_fd`` over. Raises HostError, with ``why`` it is needed, when fuse-overlayfs is not installed or cannot
+    do it.
     """
     program = find_program("fuse-overlayfs")
     if program is None:
         raise HostError(
-            "the kernel refuses an overlay here, and fuse-overlayfs is not installed",
+            f"{why}, and fuse-overlayfs is not installed",
             "install fuse-overlayfs, use --writable on a copy of the image, or set IMGRUN_STATE_DIR to a local disk",
         )
     fuse.check_device()
@@ -58,6 +84,7 @@ def serve(image_fd: int, scratch: Scratch, directory: str) -> tuple[int, Helper]
     layers = scratch.mount()
     try:
         sc.move_mount(image_fd, places["lower"])
+        _cover_proc(places["lower"])
         sc.move_mount(layers, places["layers"])
         options = f"lowerdir={places['lower']},upperdir={places['layers']}/upper,workdir={places['layers']}/work"
         argv = [program, "-f", "-o", options + ",allow_other", places["union"]]

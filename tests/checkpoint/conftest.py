@@ -8,9 +8,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command import Done, Imgrun, eventually
+from command import COMMAND, Done, Imgrun, eventually
 from ordinary import AsUser, UserLeaks, Users, World
 
 from images import Images
@@ -33,9 +34,17 @@ class AsRoot(Imgrun):
         super().__init__(image)
         self.directory = directory
         self.state = directory / "state"
+        self.before: tuple[str, ...] = ()
+        """Words before the command."""
 
-    def popen(self, *words: str | Path, env: dict[str, str] | None = None, **options: object) -> subprocess.Popen[bytes]:
-        return super().popen(*words, env={"IMGRUN_STATE_DIR": str(self.state), **(env or {})}, **options)
+    def popen(self, *words: str | Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
+        streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {**os.environ, "IMGRUN_STATE_DIR": str(self.state), **(env or {})}
+        process = subprocess.Popen(
+            [*self.before, *COMMAND, *map(str, words)], env=environment, **{**streams, **options}
+        )  # fmt: skip
+        self._processes.append(process)
+        return process
 
 
 class Rig:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from command import eventually, expect, refused
+from command import expect
 
 from images import tool
 
@@ -61,3 +59,30 @@ def test_everything_that_a_process_has(rig: Rig, kinds: Path, flags: tuple[str, 
 def test_many(rig: Rig, kinds: Path, what: str, answer: str) -> None:
     process = begin(rig, kinds, what, "--rlimit", "nofile=20000", "--rlimit", "nproc=10000")
     assert continued(rig, process) == [answer]
+
+
+def test_a_storm_of_signals(rig: Rig, kinds: Path) -> None:
+    """Frozen while signals rain on it: each of those that are queued comes once, and in order."""
+    process = begin(rig, kinds, "storm")
+    for number in range(3):
+        rig.freeze("kinds", f"c{number}", "--leave-running")
+        assert process.poll() is None
+    assert continued(rig, process) == ["storm ok"]
+
+
+@pytest.mark.parametrize(
+    ("rig", "flags"), [("root", ()), ("root", ("--scratch-size", "4G")), ("user", ())], indirect=["rig"], ids=str
+)
+def test_a_large_sparse_file(rig: Rig, kinds: Path, flags: tuple[str, ...]) -> None:
+    process = begin(rig, kinds, "sparse /root/sparse", *flags)
+    answer = [f"sparse 3 {2 << 30} yes"]
+    copied = rig.freeze("kinds", "copied", "--leave-running")
+    assert used(copied) < 64 << 20, "its holes were filled"
+    assert continued(rig, process) == answer
+    assert used(rig.path("c")) < 64 << 20
+    assert rig.restore(copied, stdin="go\n").stdout.splitlines() == answer
+
+
+def used(path: Path) -> int:
+    """The bytes of the disk that a directory takes."""
+    return sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for place, _, names in os.walk(path) for name in names)

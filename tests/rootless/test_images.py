@@ -200,6 +200,35 @@ def test_fuse_overlayfs_in_the_kernels_place(run_any: AsUser, images: Images) ->
         assert run_any("start", image, "--", "cat", "/etc/motd").stdout == "of the image\n"
 
 
+def test_the_hosts_own_root(run: AsUser) -> None:
+    """What its mounts hide may not be uncovered, so they come along."""
+    run.image = Path("/")
+    script = "stat -f -c %T / /dev; touch /x /tmp/x && cat /etc/hostname; touch /etc/passwd; ls /proc | grep -c '^[0-9]'"
+    done = run("start", "--hostname", "inside", "/", "--", "sh", "-c", script)
+    kinds, ran = done.stdout.split()[:2], done.stdout.split()[2:]
+    assert kinds == ["fuseblk", "tmpfs"]
+    assert ran[0] == "inside"
+    assert int(ran[1]) < 10
+    assert "mounts below it" in done.stderr
+    assert not Path("/x").exists()
+    done = run("start", "--read-only", "/", "--", "sh", "-c", "touch /x; touch /tmp/x && echo scratch")
+    assert done.stdout == "scratch\n"
+    assert "Read-only" in done.stderr
+
+
+def test_no_proc_of_the_host_comes_along(run: AsUser, new_world: Callable[[str], World]) -> None:
+    """The file server could read in it what the caller may: the caller's environment."""
+    tree = build_tree(run.directory / "tree")
+    for name in ("mnt/a b", "srv"):
+        (tree / name).mkdir(parents=True)
+    run.world = new_world(
+        f"mount -t tmpfs -o mode=755 x /mnt; cp -a {tree} /mnt/tree; mount -t proc proc '/mnt/tree/mnt/a b';"
+        "mount -t tmpfs -o mode=777 x /mnt/tree/srv"
+    )
+    done = run("start", "/mnt/tree", "--", "sh", "-c", "ls '/mnt/a b' /srv; touch /srv/x && echo on", env={"SECRET": "x"})
+    assert done.stdout.split() == ["/mnt/a", "b:", "/srv:", "on"], done
+
+
 def test_fuse_overlayfs_missing(run: AsUser, new_world: Callable[[str], World]) -> None:
     run.world = new_world("mount --bind /dev/null /usr/bin/fuse-overlayfs")
     refused(run.sh("true", env={"IMGRUN_OVERLAY": "fuse"}), 125, "fuse-overlayfs", "not installed")

@@ -48,7 +48,11 @@ SPOOL = $(LOCAL_DIR)/spool
 EXECUTE = $(LOCAL_DIR)/execute
 CRED_STORE_DIR = $(LOCAL_DIR)/cred
 BASE_CGROUP =
-SINGULARITY = {checkout}/.venv/bin/imgrun-singularity
+include : {checkout}/examples/htcondor/execute.conf
+include : {checkout}/examples/htcondor/submit.conf
+IMGRUN_BIN = {checkout}/.venv/bin
+STARTD_CRON_IMGRUN_ENV = "IMGRUN_STATE_DIR={base}/advertise"
+SHADOW_WORKLIFE = 0
 NUM_SLOTS = 2
 NUM_SLOTS_TYPE_1 = 2
 SLOT_TYPE_1 = cpus=1, mem=1000
@@ -115,14 +119,14 @@ class Pool:
     def __init__(self, base: Path, user: User, settings: str = "") -> None:
         self.base = base
         self.user = user
-        self._cgroups: list[Path] = []
+        self.cgroups: list[Path] = []
         self._pid = 0
         root = subprocess.run(
             [CHECKOUT / "tools/condor-root"], check=True, capture_output=True, text=True, timeout=600
         ).stdout.strip()
         self._write_configuration(Path(root), settings)
         self._make_cgroups()
-        join = "".join(f"echo 0 > {path}/tasks\n" for path in self._cgroups)
+        join = "".join(f"echo 0 > {path}/tasks\n" for path in self.cgroups)
         python_lib = Path(os.__file__).parent.resolve()
         python = Path(sys.executable)
         launchers = []
@@ -148,7 +152,7 @@ class Pool:
 
     def _write_configuration(self, root: Path, settings: str) -> None:
         base = self.base
-        for name in ("run", "log", "lock", "spool", "execute", "cred", "submit"):
+        for name in ("run", "log", "lock", "spool", "execute", "cred", "submit", "advertise"):
             (base / name).mkdir()
         for name in ("passwd", "group"):
             there = (root / "etc" / name).read_text().splitlines()
@@ -157,7 +161,7 @@ class Pool:
             (base / name).write_text(here + "\n".join(added) + "\n")
         condor = next(line for line in (root / "etc/passwd").read_text().splitlines() if line.startswith("condor:"))
         uid, gid = (int(word) for word in condor.split(":")[2:4])
-        for name in ("run", "log", "lock", "spool", "execute"):
+        for name in ("run", "log", "lock", "spool", "execute", "advertise"):
             os.chown(base / name, uid, gid)
         os.chown(base / "submit", self.user.uid, self.user.gid)
         with socket.socket() as probe:
@@ -174,7 +178,7 @@ class Pool:
                 continue
             path = top / f"pool-{os.getpid()}-{self.base.name}"
             path.mkdir()
-            self._cgroups.append(path)
+            self.cgroups.append(path)
             for entry in (path, path / "tasks", path / "cgroup.procs"):
                 os.chown(entry, self.user.uid, self.user.gid)
 
@@ -216,22 +220,31 @@ class Pool:
             return False
         if not os.readlink(f"/proc/{self._child()}/exe").endswith("condor_master"):
             return False
-        done = self("condor_status", "-af", "State")
-        return done.stdout.split() == ["Unclaimed", "Unclaimed"]
+        done = self("condor_status", "-af", "State", "HasImgrunCheckpoints")
+        return done.stdout.split() == ["Unclaimed", "true"] * 2
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
-    def submit(self, description: str, files: dict[str, str | bytes] | None = None) -> Job:
-        """Submit a job from a directory of its own, which holds these files."""
-        number = len(list((self.base / "submit").iterdir()))
-        directory = self.base / "submit" / str(number)
+    def directory(self, image: Path, **files: str) -> Path:
+        """A directory of the user's with the image as disk.img, and files; ``_`` in their names is ``.``."""
+        directory = self.base / "submit" / str(len(list((self.base / "submit").iterdir())))
         directory.mkdir()
-        for name, content in (files or {}).items():
-            (directory / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        (directory / "job.sub").write_text(description)
+        shutil.copy(image, directory / "disk.img")
+        for name, content in files.items():
+            (directory / name.replace("_", ".")).write_text(content)
+            (directory / name.replace("_", ".")).chmod(0o755)
         for path in (directory, *directory.iterdir()):
             os.chown(path, self.user.uid, self.user.gid)
-        done = self("sh", "-c", f"cd {directory} && exec condor_submit job.sub")
+        return directory
+
+    def submit(self, directory: Path, submit_file: Path, **changes: str) -> Job:
+        """Submit a job from this directory, with these commands beside or instead of the file's own."""
+        appended = [word for name, value in changes.items() for word in ("-append", f"{name} = {value}")]
+        words = ("condor_submit", *appended, submit_file)
+        return self.submitted(directory, self("sh", "-c", 'cd "$0" && exec "$@"', directory, *words))
+
+    def submitted(self, directory: Path, done: Done) -> Job:
+        """The job that was submitted, by what was said of it."""
         assert done.status == 0, done
         found = re.search(r"submitted to cluster (\d+)", done.stdout)
         assert found, done
@@ -246,11 +259,11 @@ class Pool:
                 self._process.kill()
         self._process.wait()
         self._log.close()
-        for path in self._cgroups:
+        for path in self.cgroups:
             below = sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True)
             for directory in (*below, path):
                 eventually(lambda directory=directory: _remove(directory), f"{directory} is empty")
-        self._cgroups = []
+        self.cgroups = []
         for name in ("execute", "spool"):
             shutil.rmtree(self.base / name)
 
@@ -289,6 +302,12 @@ class Job:
                 if ads:
                     return dict(ads[0])
         return {}
+
+    def runs(self) -> bool:
+        """Whether it has a sandbox. A job that is held will not get one."""
+        ad = self.ad()
+        assert ad.get("JobStatus") != HELD, self.why()
+        return self.sandbox() is not None
 
     def status(self) -> int:
         return int(self.ad().get("JobStatus", 0))

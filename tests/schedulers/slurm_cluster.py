@@ -25,6 +25,8 @@ CPUS = 12
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+"""States of jobs that have ended for good."""
 GRACE = 60
 """Seconds between the first signal of a preemption, or of scancel, and the kill: none of the tests waits for their end."""
 
@@ -183,8 +185,10 @@ class Cluster:
 
         def reached() -> bool:
             record = self.job(job)
-            assert record["JobState"] not in ("FAILED", "NODE_FAIL", "BOOT_FAIL") or record["JobState"] in states, record
-            return record["JobState"] in states and int(record["Restarts"]) >= restarts
+            state = record["JobState"]
+            if state not in states and state in ENDS:
+                raise AssertionError(f"job {job} is {state}, and said: {Path(record['StdOut']).read_text()}")
+            return state in states and int(record["Restarts"]) >= restarts
 
         self.await_that(reached, f"job {job} is {' or '.join(states)}")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from imgrun.building import mirror
 from imgrun.building.tools import Tools
 
-LAYOUT = 1
+LAYOUT = 2
 CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev") / "vm"
 BUILD_SECONDS = 600
 

@@ -97,7 +97,9 @@ mkdir -p /vm; mount -o noatime /dev/vdc /vm
 exec /bin/sh /vm/main
 """
 MASKED = ("getty.target", "apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service",
-          "fstrim.timer", "dpkg-db-backup.timer", "systemd-timesyncd.service")  # fmt: skip
+          "fstrim.timer", "dpkg-db-backup.timer", "systemd-timesyncd.service",
+          "systemd-udev-trigger.service", "modprobe@drm.service", "modprobe@configfs.service", "modprobe@efi_pstore.service",
+          "systemd-journal-flush.service", "systemd-tmpfiles-clean.timer")  # fmt: skip
 
 
 def root_disk(guest: Guest) -> Path:
@@ -125,6 +127,9 @@ def _settle(tree: Path, *, systemd: bool) -> None:
     for name, lines, first in (("passwd", user, users), ("group", "u:x:1000:\n", groups)):
         path = tree / "etc" / name
         path.write_text((path.read_text() if path.exists() else first) + lines)
+    if (tree / "etc/shadow").exists():
+        with (tree / "etc/shadow").open("a") as f:
+            f.write("u:*:20000:0:99999:7:::\n")
     for name in ("subuid", "subgid"):
         (tree / "etc" / name).write_text("u:100000:65536\n")
     home = tree / "home/u"

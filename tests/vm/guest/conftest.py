@@ -104,8 +104,9 @@ def room() -> Iterator[Path]:
 
 @pytest.fixture
 def make(room: Path) -> Iterator[Callable[..., Imgrun]]:
-    """Makes an ``Imgrun``; what it leaves is removed at the end, and then no cgroup of a job may be there."""
+    """Makes an ``Imgrun``; what it leaves is removed at the end, and then no cgroup nor mount of a job may be there."""
     made: list[Imgrun] = []
+    before = mounts()
 
     def make(*way: str, user: bool = False, name: str = "state") -> Imgrun:
         made.append(Imgrun(room / f"{name}-{'u' if user else 'root'}", way, user))
@@ -115,10 +116,18 @@ def make(room: Path) -> Iterator[Callable[..., Imgrun]]:
     for imgrun in made:
         imgrun.close()
     eventually(lambda: not list(job_cgroups()), f"cgroups go: {list(job_cgroups())}")
+    # Under systemd all mounts are shared: one that a job makes must not come back to the host.
+    assert mounts() == before, "a job changed the host's mounts"
+
+
+def mounts() -> list[str]:
+    """The host's mounts, but those that systemd itself makes when they are needed."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sorted(line.split(" ", 2)[2] for line in lines if " /run/credentials/" not in line and " /proc/sys/fs/" not in line)
 
 
 def job_cgroups() -> Iterator[Path]:
-    return CGROUPS.glob("**/imgrun-job-*")
+    return (path for path in CGROUPS.glob("**/imgrun-*") if path.is_dir() and path.name != "imgrun-host")
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ import pytest
 from guest.conftest import CGROUPS, IMAGES, SESSION, USER_ENVIRONMENT, Imgrun
 
 Make = Callable[..., Imgrun]
-ALL = ("--memory", "64M", "--swap", "8M", "--cpus", "0.5", "--cpu-weight", "50", "--cpuset", "1", "--pids", "40", "--io-max",
-       "device=/dev/vda,rbps=1M")  # fmt: skip
+ALL = ("--memory", "64M", "--swap", "8M", "--cpus", "0.5", "--cpu-weight", "50", "--cpuset", "0", "--pids", "40", "--io-max",
+       "/dev/vda:rbps=1M")  # fmt: skip
 SHOW = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max cpu.weight cpuset.cpus pids.max io.max memory.oom.group; nproc"
 
 
 def sees_all_limits(imgrun: Imgrun) -> None:
     lines = imgrun.good("start", *ALL, IMAGES / "small.squashfs", "--", "sh", "-c", SHOW).splitlines()
     io = lines.pop(6)
-    assert lines == [str(64 << 20), str(8 << 20), "50000 100000", "50", "1", "40", "1", "1"]
+    assert lines == [str(64 << 20), str(8 << 20), "50000 100000", "50", "0", "40", "1", "1"]
     assert "rbps=1048576" in io
 
 
@@ -108,7 +108,7 @@ def test_a_users_scope_has_what_is_delegated(make: Make) -> None:
     if "cpu" in controllers:
         assert lines[2] == "50000 100000"
     if "io" not in controllers:
-        done = user("start", "--io-max", "device=/dev/vda,rbps=1M", IMAGES / "small.squashfs", "--", "true")
+        done = user("start", "--io-max", "/dev/vda:rbps=1M", IMAGES / "small.squashfs", "--", "true")
         assert done.status == 125
         assert "systemctl edit user@.service" in done.stderr, done
 

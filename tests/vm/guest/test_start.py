@@ -29,7 +29,7 @@ def test_a_job_is_alone_and_accounted(root: Imgrun, room: Path) -> None:
     assert (result["reason"], result["exit_code"]) == ("exited", 7)
     usage = result["usage"]
     assert usage["user_seconds"] > 0
-    assert usage["memory_peak"] > 0
+    assert (usage["memory_peak"] or 0) > 0, usage
     assert usage["source"] == "cgroup"
 
 

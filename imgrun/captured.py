@@ -1,0 +1,142 @@
+"""What of a job is saved beside its processes, and how: files, memory file systems, waiting input; and the mounts by which
+CRIU gets at where it works.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tarfile
+import time
+from typing import Any
+
+from imgrun import criu
+from imgrun import syscalls as sc
+from imgrun.errors import CheckpointError, NoSpace
+from imgrun.isolation.sources import id_map
+from imgrun.relay import bytes_waiting
+from imgrun.spec import JobSpec
+
+LAYERS = ("upper", "tmp", "var-tmp")
+
+
+def memory_mounts(spec: JobSpec) -> list[str]:
+    """The memory file systems that the job could write to; CRIU does not save what mounts hold."""
+    return ["/dev/shm", *(mount.dst for mount in spec.mounts if mount.type == "tmpfs")]
+
+
+def no_name_service() -> None:
+    """Names of users would be looked up by libraries of the job's own root."""
+    module: Any = tarfile
+    module.pwd = module.grp = None
+
+
+def save_memory(places: list[str]) -> None:
+    no_name_service()
+    for number, place in enumerate(places):
+        with tarfile.open(f"{criu.IMAGES}/memory-{number}.tar", "w") as tar:
+            tar.add(place, ".")
+
+
+def waiting_input(fd_path: str) -> bytes:
+    """What is in the job's input pipe, which keeps it. The supervisor adds nothing to it meanwhile."""
+    source = os.open(fd_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        waiting = bytes_waiting(source)
+        if not waiting:
+            return b""
+        data = os.read(source, waiting)
+        # Put it back for a job that runs on, or for one whose dump fails after this.
+        back = os.open(fd_path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(back, data)
+        finally:
+            os.close(back)
+        return data
+    finally:
+        os.close(source)
+
+
+def id_rows(pid: int, name: str) -> list[list[int]]:
+    with open(f"/proc/{pid}/{name}_map", "rb") as f:
+        return [[int(word) for word in line.split()] for line in f]
+
+
+def can_rename(source: str, target: str) -> bool:
+    """Whether what is in one directory can be moved to the other without copying; found out by doing it."""
+    name = f".probe-{os.urandom(6).hex()}"
+    os.mkdir(f"{source}/{name}", 0o700)
+    try:
+        os.rename(f"{source}/{name}", f"{target}/{name}")
+    except OSError:
+        os.rmdir(f"{source}/{name}")
+        return False
+    os.rmdir(f"{target}/{name}")
+    return True
+
+
+def check_room_for(image: str, directory: str) -> None:
+    """Raise NoSpace when a copy of the image does not fit, unless the copy can share the blocks of the original."""
+    needed = os.stat(image).st_blocks * 512
+    space = os.statvfs(directory)
+    if needed > space.f_bavail * space.f_frsize and not _shares_blocks(image, directory):
+        raise NoSpace(f"the image takes {needed >> 20} MiB, which {directory} has not", "free some, or save elsewhere")
+
+
+def _shares_blocks(image: str, directory: str) -> bool:
+    probe = f"{directory}/work/reflink"
+    words = ["cp", "--reflink=always", "--sparse=auto", image, probe]
+    shared = subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+    if os.path.exists(probe):
+        os.unlink(probe)
+    return shared
+
+
+def await_detached(image: str) -> None:
+    """Wait until no mount writes to the image any more; the kernel takes a moment after the job's end."""
+    from imgrun.storage import loop
+
+    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + 5
+        while any(True for _ in loop.bindings(fd)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        os.close(fd)
+
+
+def toolbox_mount() -> int:
+    tree = sc.open_tree(criu.toolbox(), sc.OPEN_TREE_CLONE)
+    sc.mount_setattr(tree, set=sc.MOUNT_ATTR_RDONLY | sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    return tree
+
+
+def directory_mount(path: str, userns: int | None, *, read_only: bool = False) -> int:
+    """A detached mount of a directory in which the job's root is the directory's owner."""
+    directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        tree = sc.clone_mount(directory, recursive=False)
+    finally:
+        os.close(directory)
+    if userns is not None and os.geteuid() == 0 and not _is_own_userns(userns):
+        id_map(tree, userns, f"the file system of {path}")
+    attributes = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC
+    sc.mount_setattr(tree, set=attributes | (sc.MOUNT_ATTR_RDONLY if read_only else 0))
+    return tree
+
+
+def _is_own_userns(fd: int) -> bool:
+    return os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/user"))
+
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy files with all that belongs to them, sharing blocks where the file system can. Raises NoSpace."""
+    words = ["cp", "--archive", "--reflink=auto", "--sparse=always", "--no-target-directory", source, target]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
+    )
+    if done.returncode:
+        why = done.stderr.strip().splitlines()[-1:] or ["cp failed"]
+        if "No space left" in done.stderr or "quota" in done.stderr:
+            raise NoSpace(f"no space to copy the job's files to {target}", "free some, or save elsewhere")
+        raise CheckpointError(f"the job's files could not be copied: {why[0]}", "check both file systems")

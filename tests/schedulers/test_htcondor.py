@@ -1,0 +1,299 @@
+"""Jobs of HTCondor's daemons: checkpointed, evicted, held, removed, and continued where they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import eventually
+from ordinary import Users
+
+from images import Images
+
+from .htcondor_pool import CHECKOUT, COMPLETED, HELD, Job, Pool, until
+
+pytestmark = pytest.mark.timeout(300)
+
+EXAMPLES = CHECKOUT / "examples/htcondor"
+IMGRUN = f"{CHECKOUT}/.venv/bin/imgrun"
+
+COUNT = """#!/bin/sh
+echo begin
+n=0
+while [ ! -e go ]; do
+    n=$((n + 1)); echo $n; echo $n >> out.dat; echo $n >> /root/inside
+    sleep 0.05
+done
+cmp out.dat /root/inside && echo same
+"""
+"""Counts until it is told to end. Each number is printed, kept in the sandbox and in the image's own root."""
+
+NUMPY = """
+import hashlib, os, threading, time
+import numpy
+results = [None] * 2
+def work(n):
+    a = numpy.random.default_rng(n).standard_normal((200, 200))
+    for i in range(150):
+        a = a @ a.T; a /= numpy.abs(a).max(); a += 1e-3 * numpy.sin(a)
+        print("step", flush=True); time.sleep(0.02)
+    results[n] = hashlib.sha256(a.tobytes()).hexdigest()
+threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+[t.start() for t in threads]
+while not os.path.exists("go"):
+    time.sleep(0.05)
+[t.join() for t in threads]
+open("result", "w").write(" ".join(results))
+"""
+
+PROCESSES = """
+import hashlib, multiprocessing, os, time
+def work(n):
+    digest = hashlib.sha256(str(n).encode())
+    for i in range(2000):
+        digest.update(digest.digest())
+    time.sleep(0.01)
+    return digest.hexdigest()
+with multiprocessing.Pool(3) as pool:
+    total = hashlib.sha256()
+    for line in pool.imap(work, range(600)):
+        total.update(line.encode())
+        print("step", flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.05)
+open("result", "w").write(total.hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def pool(users: Users) -> Iterator[Pool]:
+    # Not below the base of the other tests: the daemons are no leak.
+    with tempfile.TemporaryDirectory(prefix="imgrun-condor-") as top:
+        os.chmod(top, 0o755)
+        base = Path(top) / "pool"
+        base.mkdir()
+        pool = Pool(base, users.ranged)
+        yield pool
+        pool.close()
+
+
+@pytest.fixture(scope="module")
+def small(images: Images) -> Path:
+    return images.filesystem("squashfs")
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(pool: Pool) -> Iterator[None]:
+    yield
+    pool("condor_rm", "-all")
+    until(lambda: pool("condor_q", "-af", "ClusterId").stdout == "", lambda: "the queue is empty")
+    until(lambda: not list(pool.base.glob("execute/dir_*")), lambda: "every sandbox is gone")
+
+
+def submit(pool: Pool, image: Path, flags: str = "", script: str = COUNT, **changes: str) -> Job:
+    """The example job with another script and other flags."""
+    arguments = f'"start --htcondor {flags} disk.img sh job.sh"'
+    given = {"executable": IMGRUN, "arguments": arguments, "request_memory": "200", "request_disk": "10M", **changes}
+    return pool.submit(pool.directory(image, job_sh=script), EXAMPLES / "job.sub", **given)
+
+
+def progress(job: Job, more: int = 5) -> None:
+    """Wait until the job, running, has printed so many more lines than now."""
+    until(job.runs, lambda: f"{job.id} runs: {job.why()}")
+    lines = eventually(lambda: job.live() and len(job.live().splitlines()), f"{job.id} prints something")
+    eventually(lambda: len(job.live().splitlines()) >= lines + more, f"{job.id} makes progress")
+
+
+def moves(job: Job, act: str) -> None:
+    """Evict the job, and wait until it makes progress in another sandbox."""
+    before = job.sandbox()
+    assert before is not None
+    job.act(act)
+    until(lambda: job.runs() and job.sandbox() != before, lambda: f"{job.id} runs elsewhere: {job.why()}")
+    progress(job)
+
+
+def finish(job: Job) -> None:
+    """Tell the job to end, and see that it has lost nothing and done nothing twice."""
+    sandbox = eventually(job.sandbox)
+    (sandbox / "go").touch()
+    job.reaches(COMPLETED)
+    assert job.ad()["ExitCode"] == 0, job.ad()
+    lines = job.output().splitlines()
+    assert (lines[0], lines[-1]) == ("begin", "same"), job.output()[-300:]
+    count = len(lines) - 2
+    assert lines[1:-1] == [str(n + 1) for n in range(count)]
+    assert (job.directory / "out.dat").read_text().split() == lines[1:-1]
+    assert not (job.directory / "ckpt").exists(), "the checkpoint is no output"
+
+
+def checkpoints(job: Job) -> int:
+    ad = job.ad()
+    assert ad["JobStatus"] != HELD, job.why()
+    return int(ad.get("JobCheckpointNumber", -1)) + 1
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def test_periodic_checkpoints(pool: Pool, small: Path) -> None:
+    job = submit(pool, small, "--checkpoint-every 2s")
+    until(lambda: checkpoints(job) >= 2, lambda: f"two checkpoints reach the submit machine: {job.why()}")
+    progress(job)
+    finish(job)
+    ad = job.ad()
+    assert ad["NumJobStarts"] == 1, "the machine was not left"
+    assert ad["ChirpImgrunReason"] == "exited"
+
+
+def test_evicted_and_continued_elsewhere(pool: Pool, small: Path) -> None:
+    job = submit(pool, small)
+    progress(job)
+    moves(job, "condor_vacate_job")
+    moves(job, "condor_vacate_job")
+    finish(job)
+    # Its ad, in the history: of all its lives together.
+    ad = job.ad()
+    assert ad["NumJobStarts"] == 3
+    assert ad["JobStatus"] == COMPLETED
+    assert ad["ChirpImgrunReason"] == "exited"
+    assert ad["ChirpRemoteUserCpu"] + ad["ChirpRemoteSysCpu"] > 0
+    assert ad["ChirpRemoteWallClockTime"] > 15 * 0.05
+    assert ad["ChirpMemoryUsagePeak"] > 0
+    assert "ChirpRemoteInstructions" in ad, "undefined where there is no counter, but there"
+    assert "sse2" in ad["ChirpImgrunCpuFeatures"] or "fp" in ad["ChirpImgrunCpuFeatures"]
+
+
+def test_held_and_released(pool: Pool, small: Path) -> None:
+    job = submit(pool, small)
+    progress(job)
+    job.act("condor_hold")
+    job.reaches(HELD)
+    until(lambda: job.sandbox() is None, lambda: "it has left the machine")
+    job.act("condor_release")
+    until(lambda: job.sandbox() is not None, lambda: f"it runs again: {job.why()}")
+    progress(job)
+    finish(job)
+
+
+def test_an_eviction_that_takes_too_long_costs_what_was_done_since_the_last_checkpoint(pool: Pool, small: Path) -> None:
+    job = submit(pool, small, "--checkpoint-every 2s", job_max_vacate_time="1")
+    until(lambda: checkpoints(job) >= 1, lambda: f"a checkpoint reaches the submit machine: {job.why()}")
+    progress(job)
+    supervisors = eventually(lambda: supervisors_in(job))
+    for pid in supervisors:
+        os.kill(pid, signal.SIGSTOP)  # it does not get to its freeze, but is killed
+    moves(job, "condor_vacate_job")
+    finish(job)
+    log = job.output("log")
+    assert "Job was evicted" in log
+
+
+def supervisors_in(job: Job) -> list[int]:
+    """The job's imgrun, by its pid here."""
+    sandbox = str(job.sandbox())
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        try:
+            if os.readlink(f"/proc/{pid}/cwd") == sandbox and b"--htcondor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_removed_job_leaves_nothing(pool: Pool, small: Path) -> None:
+    job = submit(pool, small)
+    progress(job)
+    spool = pool.base / "spool"
+    assert job.sandbox() is not None
+    job.act("condor_rm")
+    until(lambda: job.sandbox() is None, lambda: "its sandbox is gone")
+    cluster = job.id.split(".")[0]
+    until(lambda: not [p for p in spool.rglob("*") if p.name.startswith(f"cluster{cluster}.")], lambda: "its spool is empty")
+    assert "ckpt" not in [path.name for path in job.directory.iterdir()]
+    for cgroup in pool.cgroups:
+        eventually(lambda cgroup=cgroup: not [p for p in cgroup.iterdir() if p.is_dir()], f"no cgroup is left in {cgroup}")
+
+
+def test_a_memory_kill_is_the_reason_of_the_hold(pool: Pool, small: Path) -> None:
+    script = "head -c 300000000 /dev/zero | tail -n 1 | wc -c"
+    job = submit(pool, small, "--memory 48M", script)
+    job.reaches(HELD)
+    shown = pool("condor_q", "-hold", job.id).stdout
+    assert "the job ran into its memory limit of 48 MiB" in shown
+    assert job.ad()["HoldReasonSubCode"] == 137
+
+
+def test_the_slot_limits_the_memory(pool: Pool, small: Path) -> None:
+    job = submit(pool, small, script="head -c 1500000000 /dev/zero | tail -n 1 | wc -c")
+    job.reaches(HELD)
+    assert "memory limit of 1000 MiB" in job.ad()["HoldReason"]
+
+
+def test_a_job_that_cannot_start_is_held_and_told_why(pool: Pool, small: Path) -> None:
+    job = submit(pool, small, arguments='"start --htcondor job.sh sh job.sh"')
+    job.reaches(HELD)
+    assert "job.sh" in job.ad()["HoldReason"]
+
+
+# -- the site's container runtime --------------------------------------------------------------------------------------
+
+
+def test_a_disk_image_as_a_container(pool: Pool, small: Path) -> None:
+    """The user's submit file says nothing of imgrun or checkpoints; submit.conf does."""
+    directory = pool.directory(small, job_sh=COUNT)
+    job = pool.submit(directory, EXAMPLES / "container.sub", request_memory="200", request_disk="10M")
+    progress(job)
+    moves(job, "condor_vacate_job")
+    finish(job)
+
+
+# -- real programs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [NUMPY, PROCESSES], ids=["numpy", "processes"])
+def test_results_are_those_of_an_undisturbed_run(pool: Pool, image: Path, program: str) -> None:
+    script = f"exec python3 -c '{program}'"
+    undisturbed, evicted = (submit(pool, image, script=script, request_disk="500M") for _ in range(2))
+    for _ in range(2):
+        progress(evicted)
+        moves(evicted, "condor_vacate_job")
+    for job in (undisturbed, evicted):
+        (eventually(job.sandbox) / "go").touch()
+    for job in (undisturbed, evicted):
+        job.reaches(COMPLETED)
+        assert job.ad()["ExitCode"] == 0, job.output("err")
+    assert evicted.ad()["NumJobStarts"] == 3
+    results = [(job.directory / "result").read_text() for job in (undisturbed, evicted)]
+    assert results[0] == results[1]
+    assert len(results[0]) >= 64
+    assert undisturbed.output() == evicted.output()
+
+
+# -- submitting --------------------------------------------------------------------------------------------------------
+
+
+def test_submitted_from_a_spec(pool: Pool, small: Path) -> None:
+    spec = 'image = "disk.img"\ncommand = ["sh", "job.sh"]\nname = "counting"\n[limits]\nmemory = "100M"\n'
+    directory = pool.directory(small, job_sh=COUNT, job_toml=spec)
+    (directory / "data").mkdir()
+    words = (IMGRUN, "submit", "--to", "htcondor", "--spec", directory / "job.toml")
+    transfer = ("--option", "transfer_input_files = job.toml, disk.img, job.sh")
+    shown = pool(*words, *transfer, "--dry-run").stdout
+    assert "checkpoint_exit_code = 85" in shown
+    assert "transfer_input_files = job.toml, disk.img\n" in shown
+    job = pool.submitted(directory, pool(*words, *transfer))
+    progress(job)
+    moves(job, "condor_vacate_job")
+    sandbox = eventually(job.sandbox)
+    (sandbox / "go").touch()
+    job.reaches(COMPLETED)
+    assert job.output(f"counting.{job.id.split('.')[0]}.out").splitlines()[-1] == "same"
