@@ -14,7 +14,7 @@ from bench.harness import Outcome, Unavailable
 from bench.place import REPOSITORY, CannotMeasure, Place
 from bench.report import Section, Table
 
-QUESTIONS = ("start", "density", "storage", "sparse", "rootless")
+QUESTIONS = ("start", "density", "storage", "sparse", "rootless", "accounting")
 OUTPUT = f"{REPOSITORY}/docs/benchmarks.md"
 
 

@@ -54,11 +54,13 @@ class Desk:
 
     def words(self, *command: str) -> list[str]:
         """What runs a command at this desk as the user."""
+        space = f"/proc/{self._pid}/ns"
+        ids = (f"--reuid={self.user.pw_uid}", f"--regid={self.user.pw_gid}", "--init-groups", "--inh-caps=-all")
+        home = f"{self.shared}/home"
+        environment = (f"HOME={home}", f"USER={NAME}", f"PATH={PATH}", f"IMGRUN_STATE_DIR={self.shared}/state")
         return [
-            "nsenter", f"--mount=/proc/{self._pid}/ns/mnt", f"--pid=/proc/{self._pid}/ns/pid", "--",
-            "setpriv", f"--reuid={self.user.pw_uid}", f"--regid={self.user.pw_gid}", "--init-groups", "--inh-caps=-all", "--",
-            "env", "-i", "-C", f"{self.shared}/home", f"HOME={self.shared}/home", f"USER={NAME}", f"PATH={PATH}", f"IMGRUN_STATE_DIR={self.shared}/state",
-            *command,
+            "nsenter", f"--mount={space}/mnt", f"--pid={space}/pid", "--",
+            "setpriv", *ids, "--", "env", "-i", "-C", home, *environment, *command,
         ]  # fmt: skip
 
     def room(self, *command: str) -> Room:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 from bench.desk import Desk, desks
 from bench.harness import Case, Outcome, Unavailable, interleave, last_line
-from bench.place import HERE, Place, once
+from bench.place import HERE, REPOSITORY, Place, once
 from bench.report import Section, matrix, ranking
 from bench.rooms import Room, forget_cached, in_directory
 
@@ -30,6 +31,8 @@ COLUMNS = (
 
 def measure(place: Place) -> Section:
     section = Section(TITLE)
+    # The user cannot write down what Python compiles, and whoever installed it has.
+    subprocess.run([sys.executable, "-m", "compileall", "-q", f"{REPOSITORY}/imgrun"], check=False)
     forms = _forms(place)
     sid = once(f"{place.cache}/apptainer-sid.tree", _install_apptainer)
     with desks(place, sid) as (here, there):

@@ -50,6 +50,7 @@ def save(subject: Subject, target: str, how: How) -> Saved:
     refuse(subject, target, how)
     building = building_place(subject, target, how)
     where = "standard output" if target == "-" else os.path.dirname(target)
+    complete = False
     try:
         remove_tree(building)
         if target != "-":
@@ -61,14 +62,16 @@ def save(subject: Subject, target: str, how: How) -> Saved:
         saving.run()
         if not how.archive:
             _replace(building, target)
+        complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
         raise CheckpointError(f"the checkpoint could not be written to {target}: {e}", "check the path") from e
     finally:
-        with contextlib.suppress(OSError):
-            os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
+        if not complete:
+            with contextlib.suppress(OSError):
+                os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
         remove_tree(building)
 
 
@@ -83,7 +86,9 @@ class _Saving:
         self.manifest: dict[str, Any] = {}
         self.timings: list[tuple[str, float]] = []
         self.warnings: list[str] = []
-        self.layers = captured.LAYERS if subject.spec.scratch_size is None else ("scratch.img",)
+        self._sized = subject.spec.scratch_size is not None
+        """Whether what the job wrote is a file system in one file, to which the kernel writes until it is unmounted."""
+        self.layers = ("scratch.img",) if self._sized else captured.LAYERS
         self._stays = False
         """Whether the files are left where they are until the job has ended."""
         self._reaper = 0
@@ -166,7 +171,8 @@ class _Saving:
     def _decide_files(self) -> None:
         how = self.how
         if not how.leave_running:
-            self._stays = how.archive or captured.can_rename(self.subject.scratch, f"{self.building}/files")
+            movable = captured.can_rename(self.subject.scratch, f"{self.building}/files")
+            self._stays = not self._sized if how.archive else movable
         if how.capture_image:
             captured.check_room_for(self.subject.spec.image, self.building)
 
@@ -199,7 +205,7 @@ class _Saving:
             statistics["frozen_seconds"] = round(statistics["frozen_seconds"] + statistics["files_seconds"], 6)
         if not self.how.leave_running:
             if self.how.archive:
-                self._archive(self.subject.scratch)
+                self._archive(self.subject.scratch if self._stays else f"{self.building}/files")
             else:
                 self._write_manifest()
             self._kill(init)
@@ -218,7 +224,7 @@ class _Saving:
 
     def _settle_scratch(self) -> None:
         """What is in a file system of its own is in its file only when that is synced."""
-        if self.subject.spec.scratch_size is not None:
+        if self._sized:
             here = os.open(f"/proc/{self.subject.init}/root/tmp", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             sc.syncfs(here)
             os.close(here)
@@ -242,12 +248,15 @@ class _Saving:
                     os.rename(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
                 except OSError:
                     captured.copy_tree(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
+            if self.subject.spec.scratch_size is not None:
+                captured.await_detached(f"{self.building}/files/{self.layers[0]}")  # unmounting it writes to it
         # There is a good checkpoint; what follows may make it better, and must not make it worse.
         try:
             if self.subject.spec.root == "writable":
                 self._take_image()
-            self._list_files(f"{self.building}/files")
-            self._write_manifest()
+            if not self._sized:
+                self._list_files(f"{self.building}/files")
+                self._write_manifest()
         except (OSError, ImgrunError) as e:
             for name in (LIST, f"{MANIFEST}.new"):
                 with contextlib.suppress(OSError):

@@ -170,7 +170,7 @@ class Launch:
     def _refuse_scratch_size(self) -> None:
         what = "--scratch-size cannot be kept without root, which mounts a file system of that size"
         if self.spec.limits_mode != "best-effort":
-            raise LimitError(what, "leave it out, or use --limits best-effort")
+            raise LimitError(what, "bound a directory by --tmpfs DIR:SIZE, which is memory, or use --limits best-effort")
         self.warnings.append(f"without the limit: {what}")
         self._scratch_size = None
 

@@ -1,6 +1,6 @@
 """A time series of what a job uses, small enough to be kept with its record (``--sample``).
 
-It never has more than ``MOST`` points: when it is full every second one goes, and points come half as often from then on.
+It has fewer than ``MOST`` points: when it is full every second one goes, and points come half as often from then on.
 What a sum such as the processor time was at a point is the sum since the job's first start, over all its lives.
 """
 
@@ -13,7 +13,8 @@ COLUMNS = (
     "wall_seconds", "cpu_seconds", "memory", "pids", "read_bytes", "written_bytes", "instructions", "cycles",
 )  # fmt: skip
 """What a point is made of: seconds, bytes and counts; None for what is not measured. ``memory`` is the present level."""
-MOST = 512
+MOST = 513
+"""Odd, so that the last point stays when every second one goes, and all have the same distance."""
 
 
 class Series:

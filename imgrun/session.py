@@ -10,17 +10,18 @@ import errno
 import os
 import select
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, NoReturn
 
 from imgrun import errors, init_shim, passwd
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.environment import login_environment
-from imgrun.errors import ImgrunError, JobStateError, PrivilegeError, StartError
+from imgrun.errors import HostError, ImgrunError, JobStateError, PrivilegeError, StartError
 from imgrun.init_shim import SHIM, StatusReader, StepFailed
 from imgrun.isolation import limits, namespaces, security, userns
-from imgrun.isolation.cgroups.cgroup import reopen
+from imgrun.isolation.cgroups.cgroup import JobCgroup, reopen
+from imgrun.isolation.cgroups.place import come_near
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
 from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking
@@ -84,16 +85,29 @@ def execute(
         env={**login_environment(who, job.id, tty=tty), **spec.env, **(env or {})}, tty=tty, status=status_write,
         drop_groups=may_set_groups, filter=security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init),
     )  # fmt: skip
-    try:
-        pid = namespaces.spawn(0, lambda: _enter(entry, ours), cgroup.clone_into)
-    except ImgrunError as e:
-        raise JobStateError(f"job {job.id} cannot be entered: {e.message}", "it may just have ended") from e
+    pid = _spawn(job, lambda: _enter(entry, ours), cgroup)
     theirs.close()
     os.close(status_write)
     for fd in (*entry.join, *descriptors.values()):
         os.close(fd)
     cgroup.close()
     return _accompany(pid, ours, status_read, command, cwd, who.name, stdin)
+
+
+def _spawn(job: Job, enter: Callable[[], None], cgroup: JobCgroup) -> int:
+    """A process in the job's cgroups that runs ``enter``. From another session of the user's, it gets there by systemd."""
+    for attempt in range(2):
+        try:
+            return namespaces.spawn(0, enter, cgroup.clone_into)
+        except HostError as e:
+            if not isinstance(e.__cause__, PermissionError):
+                raise JobStateError(f"job {job.id} cannot be entered: {e.message}", "it may just have ended") from e
+        if attempt == 0 and not come_near(cgroup.paths[0]):
+            break
+    raise PrivilegeError(
+        f"job {job.id} cannot be entered: the kernel lets no process of this session into its cgroup",
+        "do it from the session or batch slot that the job was started in",
+    )
 
 
 def _check_mapped(init: int, who: passwd.User) -> None:

@@ -45,8 +45,6 @@ transfer_checkpoint_files = {checkpoint}
 when_to_transfer_output = ON_EXIT_OR_EVICT
 # The time to freeze it in, in seconds; the machine may allow less.
 job_max_vacate_time = {grace}
-# Removed, it is not worth freezing.
-remove_kill_sig = SIGHUP
 
 # What imgrun says of a memory kill, or of a job that it cannot start, is the reason of a hold, which condor_q -hold shows.
 on_exit_hold = isString(ChirpImgrunHoldReason) || ExitCode =?= 125

@@ -483,7 +483,11 @@ static void *polls(void *unused)
 {
     (void)unused;
     struct pollfd never = {quiet[0], POLLIN, 0};
-    return (void *)(intptr_t)(poll(&never, 1, -1) == 1 ? 0 : errno);
+    /* CRIU ends this wait with EINTR, which others see only after a signal handler. */
+    while (poll(&never, 1, -1) < 0)
+        if (errno != EINTR)
+            return (void *)(intptr_t)errno;
+    return 0;
 }
 
 static void *reads(void *unused)

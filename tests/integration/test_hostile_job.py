@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import subprocess
@@ -172,6 +173,20 @@ def test_the_scratch_is_closed_to_other_users_of_the_host(
             assert as_user(1000, hostile.attack, "read", str(path)) == "open: EACCES\n"
             assert as_user(0, hostile.attack, "read", str(path)) == "ok\n"
         assert command("rm", "-f", job).status == 0
+
+
+def test_each_job_has_ids_of_its_own(hostile: Hostile) -> None:
+    """What compares ids only, as limits of users and keyrings do, does not take one job for another, nor for the host."""
+    command = Imgrun(hostile.image)
+    ranges = []
+    for job in [command.background("sleep 60") for _ in range(3)]:
+        init = json.loads(command("inspect", job).stdout)["init"]
+        (row,) = Path(f"/proc/{init}/uid_map").read_text().splitlines()
+        inside, outside, count = map(int, row.split())
+        assert (inside, count) == (0, 65536)
+        ranges.append(range(outside, outside + count))
+    assert all(one.start >= 65536 for one in ranges)
+    assert len({one.start // 65536 for one in ranges}) == 3
 
 
 # -- mounts, devices, namespaces ---------------------------------------------------------------------------------------

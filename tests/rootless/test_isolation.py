@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command import expect
-from ordinary import AsUser
+from ordinary import AsUser, has_route
 
 SECRET = "s3cret-of-the-caller"
 
@@ -38,9 +38,7 @@ def test_files(run: AsUser, secret_file: Path) -> None:
         cd /d && cat ../secret
         find / -xdev -name {secret_file.name} -path '*imgrun-rootless*'
     """
-    done = run.sh(
-        script, "--bind", f"{run.directory}/given:/d"
-    )
+    done = run.sh(script, "--bind", f"{run.directory}/given:/d")
     assert done.stdout == "", done
 
 
@@ -154,6 +152,38 @@ def test_sockets(run: AsUser) -> None:
     done = run.sh(f"ls {path}; cat /proc/net/unix", "--network", "none")
     assert done.stdout.count("imgrun-test") == 0, done
     assert str(path) not in done.stdout
+
+
+SERVER = """
+import socket, sys
+a = socket.socket(socket.AF_UNIX); a.bind("\\0imgrun-test-" + sys.argv[1]); a.listen()
+s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True)
+while True: s.accept()[0].sendall(b"reached\\n")
+"""
+
+
+@pytest.mark.parametrize("network", ["host", "none", "private"])
+def test_the_hosts_loopback(run: AsUser, network: str) -> None:
+    """Its services, and its abstract sockets, are for those jobs only that have the host's network."""
+    if network == "private" and not has_route():
+        pytest.skip("this machine has no default route that a private network could lead out by")
+    process = run.program("/usr/bin/python3", "-c", SERVER, run.directory.name)
+    assert process.stdout is not None
+    port = int(process.stdout.readline())
+    script = f"busybox nc 127.0.0.1 {port} </dev/null; grep -c imgrun-test-{run.directory.name} /proc/net/unix"
+    done = run.sh(script, "--network", network)
+    assert done.stdout.split() == (["reached", "1"] if network == "host" else ["0"]), done
+
+
+def test_shared_memory(run: AsUser) -> None:
+    """That of System V, which any process of the same user could attach to."""
+    made = run.program("ipcmk", "--shmem", "4096").communicate()[0].decode().split()[-1]
+    try:
+        assert made in run.program("ipcs", "--shmems").communicate()[0].decode()
+        assert made not in run.sh("busybox ipcs -m").stdout.split()
+        assert run.sh("busybox ipcs -m").stdout.count("\n") < 5
+    finally:
+        run.program("ipcrm", "--shmem-id", made).communicate()
 
 
 @pytest.mark.parametrize("program", ["mount -t tmpfs x /mnt", "hostname x", "umount /proc", "mknod /tmp/null c 1 3"])

@@ -250,6 +250,12 @@ class Pool:
         assert found, done
         return Job(self, f"{found[1]}.0", directory)
 
+    def remove_empty_cgroups(self) -> None:
+        """Remove what is below the user's cgroups, as a site does with those of a slot; processes in it are an error."""
+        for path in self.cgroups:
+            for directory in sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True):
+                eventually(lambda directory=directory: _remove(directory), f"{directory} is empty")
+
     def close(self) -> None:
         """End every daemon and job, and take the cgroups away."""
         if self._process.poll() is None:
@@ -259,10 +265,9 @@ class Pool:
                 self._process.kill()
         self._process.wait()
         self._log.close()
+        self.remove_empty_cgroups()
         for path in self.cgroups:
-            below = sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True)
-            for directory in (*below, path):
-                eventually(lambda directory=directory: _remove(directory), f"{directory} is empty")
+            eventually(lambda path=path: _remove(path), f"{path} is empty")
         self.cgroups = []
         for name in ("execute", "spool"):
             shutil.rmtree(self.base / name)

@@ -122,7 +122,7 @@ def finish(job: Job) -> None:
     sandbox = eventually(job.sandbox)
     (sandbox / "go").touch()
     job.reaches(COMPLETED)
-    assert job.ad()["ExitCode"] == 0, job.ad()
+    assert job.ad()["ExitCode"] == 0, job.output()[-300:] + job.output("err")
     lines = job.output().splitlines()
     assert (lines[0], lines[-1]) == ("begin", "same"), job.output()[-300:]
     count = len(lines) - 2
@@ -134,7 +134,7 @@ def finish(job: Job) -> None:
 def checkpoints(job: Job) -> int:
     ad = job.ad()
     assert ad["JobStatus"] != HELD, job.why()
-    return int(ad.get("JobCheckpointNumber", -1)) + 1
+    return int(ad.get("CheckpointNumber", -1)) + 1
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
@@ -189,8 +189,9 @@ def test_an_eviction_that_takes_too_long_costs_what_was_done_since_the_last_chec
         os.kill(pid, signal.SIGSTOP)  # it does not get to its freeze, but is killed
     moves(job, "condor_vacate_job")
     finish(job)
-    log = job.output("log")
-    assert "Job was evicted" in log
+    assert "Job was evicted" in job.output("log")
+    # What SIGKILL leaves of imgrun's: empty cgroups, which a site takes away with the slot's.
+    pool.remove_empty_cgroups()
 
 
 def supervisors_in(job: Job) -> list[int]:

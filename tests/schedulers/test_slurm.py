@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Done
+from command import Done, eventually, expect
 from leaks import read
 from ordinary import AsUser, Users, World
 
@@ -52,6 +52,7 @@ print("result", total.hexdigest())
 """
 
 PASSES = (40, 80, 120)
+EXPECTED = ("imgrun: warning: ", "imgrun: frozen to ")
 
 
 @pytest.fixture(scope="session")
@@ -123,10 +124,13 @@ class Submitter:
     def prints(self, directory: Path, job: str, line: str) -> None:
         def printed() -> bool:
             lines = self.output(directory, job)
-            assert not any(one.startswith("imgrun: ") and "frozen" not in one for one in lines), lines
+            assert not any(one.startswith("imgrun: ") and not one.startswith(EXPECTED) for one in lines), lines
             return line in lines
 
         self.cluster.await_that(printed, f"job {job} prints {line!r}")
+
+    def has_no_process(self) -> None:
+        self.cluster.await_that(lambda: not self.run.processes(), "no process of the user's is left")
 
     def close(self) -> None:
         for job in self.jobs:
@@ -179,7 +183,7 @@ def test_preempted_twice_and_requeued_once(submitter: Submitter, cluster: Cluste
             cluster.reaches(job, "PENDING", restarts=life)
             assert max(steps(submitter.output(directory, job))) <= wait_at
             (directory / f"pass{wait_at}").touch()
-        assert submitter.run.processes() == []
+        submitter.has_no_process()
         if life == 1:
             cluster.configure("RequeueExit=85")
         for _, job in jobs.values():
@@ -216,7 +220,7 @@ def test_scancel_leaves_nothing(submitter: Submitter, cluster: Cluster) -> None:
         assert len(frozen) == 1, said
         checkpoint = frozen[0]
         assert submitter.run("check", checkpoint).status == 0
-    cluster.await_that(lambda: not submitter.run.processes(), "no process of the user's is left")
+    submitter.has_no_process()
     cluster.await_that(lambda: not cluster.command("squeue", "-h", "-j", killed), "the killed job has gone")
 
 
@@ -225,20 +229,19 @@ def test_time_limit(submitter: Submitter, cluster: Cluster) -> None:
     directory = submitter.directory("batch", job=MATRIX)
     frozen = submitter.sbatch(directory, EXAMPLES / "batch.sbatch", "python3", "/work/job.py")
     other = submitter.directory("plain", job=MATRIX)
-    line = "exec imgrun start --slurm --init none --bind $PWD:/work $IMAGE -- python3 /work/job.py"
-    plain = submitter.wrap(other, line)
+    line = "exec imgrun start --slurm --seccomp default --bind $PWD:/work $IMAGE -- python3 /work/job.py"
+    plain = submitter.wrap(other, line, "--mem=500")
     submitter.prints(directory, frozen, "step 5")
-    cluster.await_that(lambda: "step 5" in submitter.output(other, plain), "the other job runs")
-    warning = "imgrun: warning: a preemption loses what the job has done: it cannot be frozen with --init none"
+    submitter.prints(other, plain, "step 5")
+    warning = "imgrun: warning: a preemption loses what the job has done: it cannot be frozen with --seccomp"
     assert submitter.output(other, plain)[0] == warning
     for job in (frozen, plain):
         cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1", "EndTime=now")
     cluster.reaches(plain, "TIMEOUT")
     cluster.reaches(frozen, "PENDING", restarts=1)
-    assert submitter.run.processes() == []
-    (directory / "pass40").touch()
-    (directory / "pass80").touch()
-    (directory / "pass120").touch()
+    submitter.has_no_process()
+    for number in PASSES:
+        (directory / f"pass{number}").touch()
     cluster.release(frozen)
     cluster.reaches(frozen, "COMPLETED")
     assert steps(submitter.output(directory, frozen)) == list(range(1, 131))
@@ -314,6 +317,55 @@ time_limit = "1h"
     cluster.reaches(job, "COMPLETED")
     assert cluster.job(job)["JobName"] == "greeter"
     assert "result hello" in submitter.output(directory, job)
+
+
+def test_tasks_of_a_step(submitter: Submitter, cluster: Cluster) -> None:
+    """Two tasks of one step are frozen and continued each by itself."""
+    directory = submitter.directory("d")
+    script = "echo begun; while [ ! -e /work/pass ]; do sleep 0.1; done; echo ended"
+    job = submitter.sbatch(directory, "--ntasks=2", EXAMPLES / "srun.sbatch", "sh", "-c", script)
+    cluster.await_that(lambda: submitter.output(directory, job).count("begun") == 2, "both tasks run")
+    cluster.preempt()
+    cluster.reaches(job, "PENDING", restarts=1)
+    assert sorted(path.name for path in (directory / "imgrun-checkpoints").iterdir()) == [f"{job}.0.0", f"{job}.0.1"]
+    (directory / "pass").touch()
+    cluster.release(job)
+    cluster.reaches(job, "COMPLETED")
+    lines = submitter.output(directory, job)
+    assert (lines.count("begun"), lines.count("ended")) == (2, 2), lines
+
+
+def test_a_node_that_is_taken_away(submitter: Submitter, cluster: Cluster) -> None:
+    """Slurm ends what runs there, as it does by TERM, and queues it again; nothing runs on."""
+    directory = submitter.directory("d", job=MATRIX)
+    job = submitter.sbatch(directory, EXAMPLES / "batch.sbatch", "python3", "/work/job.py")
+    submitter.prints(directory, job, "step 5")
+    cluster.command("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
+    try:
+        cluster.reaches(job, "PENDING", restarts=1)
+        submitter.has_no_process()
+    finally:
+        cluster.command("scontrol", "update", "NodeName=n1", "State=RESUME")
+
+
+def test_a_signal_while_a_checkpoint_is_made(submitter: Submitter) -> None:
+    """The job is saved again, as it is then, and ends. Where scontrol does not work, that is said."""
+    directory = submitter.directory("d")
+    fill = "import os, time; a = os.urandom(200 << 20); print('ready', flush=True); time.sleep(1e6)"
+    process = submitter.run.popen(
+        "start", "--slurm", "--checkpoint-dir", directory / "c", "--checkpoint-every", "0.1s", submitter.run.image, "--",
+        "python3", "-c", fill, env={"SLURM_JOB_ID": "1", "SLURM_CONF": "/not/here"},
+    )  # fmt: skip
+    expect(process, "ready")
+    eventually(lambda: list(directory.glob("c.*.new")), "a checkpoint is being made")
+    for _ in range(2):
+        process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 85, stderr
+    said = stderr.decode().splitlines()
+    assert f"imgrun: frozen to {directory}/c" in said
+    assert any("scontrol requeue 1" in line for line in said)
+    assert submitter.run("check", directory / "c").status == 0
 
 
 def test_grace_that_does_not_suffice(submitter: Submitter, cluster: Cluster) -> None:

@@ -149,8 +149,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-OOM = "oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),cpuset=/,mems_allowed=0,oom_memcg=/slot,task_memcg=/slot/{},task=x,pid=7,uid=0"
-KILLED = "Memory cgroup out of memory: Killed process 7 ({}) total-vm:9kB, anon-rss:40960kB, file-rss:1024kB, shmem-rss:0kB, UID:{} x"
+OOM = "oom-kill:constraint=CONSTRAINT_MEMCG,cpuset=/,mems_allowed=0,oom_memcg=/slot,task_memcg=/slot/{},task=x,pid=7,uid=0"
+KILLED = (
+    "Memory cgroup out of memory: Killed process 7 ({}) total-vm:9kB, anon-rss:40960kB, file-rss:1024kB, shmem-rss:0kB, "
+    "UID:{} pgtables:9kB oom_score_adj:500"
+)
 
 
 def test_what_was_killed_is_in_the_kernels_log(tree: Tree, log: list[str]) -> None:

@@ -129,6 +129,20 @@ def enter_scope(job_id: str, place: Place) -> Place:
     return Place("managed", own, _words(f"{own}/cgroup.controllers"), place.reason, place.hint)
 
 
+def come_near(job: str) -> bool:
+    """Have systemd move this process beside the v2 directory of a job, so that its children may be born in that.
+
+    The kernel asks for rights over the nearest directory that is above both. Gives whether it was possible.
+    """
+    parent = os.path.dirname(job)
+    if not (under_systemd() and parent.endswith(".scope")):
+        return False
+    from imgrun.isolation.cgroups.systemd import join_unit
+
+    below = f"/{HOST_LEAF}" if os.path.isdir(f"{parent}/{HOST_LEAF}") else ""
+    return not join_unit(os.path.basename(parent), below)
+
+
 def _words(path: str) -> frozenset[str]:
     return frozenset((fs.text(path) or "").split())
 

@@ -40,17 +40,7 @@ def start_scope(job_id: str, slice_name: str | None) -> None:
     """
     user = os.geteuid() != 0
     name = f"{fs.PREFIX}{job_id}.scope"
-    environment = dict(os.environ)
-    if user:
-        environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
-    command = scope_command(name, os.getpid(), slice_name, user=user)
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT + 1, check=False
-        )
-        problem = done.stderr.decode(errors="replace").strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
+    problem = _call(scope_command(name, os.getpid(), slice_name, user=user))
     deadline = time.monotonic() + TIMEOUT
     # The call only queues the move.
     while not problem and not fs.parse_membership(fs.read("/proc/self/cgroup")).get("", "").endswith(f"/{name}"):
@@ -62,3 +52,33 @@ def start_scope(job_id: str, slice_name: str | None) -> None:
             f"systemd did not make a scope for the job: {problem.splitlines()[0]}",
             f"start imgrun in one: systemd-run {'--user ' if user else ''}--scope -p Delegate=yes imgrun ...",
         )
+
+
+def attach_command(unit: str, below: str, pid: int, *, user: bool) -> list[str]:
+    """The busctl call of AttachProcessesToUnit that puts ``pid`` into the unit's cgroup ``below``."""
+    return [
+        *("busctl", "--user" if user else "--system", "--quiet", f"--timeout={int(TIMEOUT)}", "call"),
+        *(*MANAGER, "AttachProcessesToUnit", "ssau", unit, below, "1", str(pid)),
+    ]
+
+
+def join_unit(unit: str, below: str) -> str:
+    """Move this process into the cgroup ``below`` (``/NAME``) of a delegated unit. Returns why not; empty if it is there.
+
+    The kernel lets a user move no process out of a session's scope, which is root's; systemd does it for him.
+    """
+    return _call(attach_command(unit, below, os.getpid(), user=os.geteuid() != 0))
+
+
+def _call(command: list[str]) -> str:
+    """Run busctl; what it complained of, or nothing."""
+    environment = dict(os.environ)
+    if os.geteuid() != 0:
+        environment.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}")
+    try:
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT + 1, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stderr.decode(errors="replace").strip() or "busctl failed") if done.returncode else ""

@@ -89,7 +89,7 @@ def eventually(condition: Callable[[], Any], what: str = "", timeout: float = PA
     deadline = time.monotonic() + timeout
     while not (found := condition()):
         assert time.monotonic() < deadline, f"did not happen in {timeout} s: {what or condition}"
-        time.sleep(0.2)
+        time.sleep(0.5)
     return found
 
 

@@ -23,14 +23,14 @@ def freezes_and_continues(imgrun: Imgrun, room: Path, kind: str = "squashfs", ke
     job = imgrun.good("start", "-d", *words).strip()
     imgrun.reaches(job, "ready")
     imgrun.reaches(job, "five")
-    imgrun.good("checkpoint", "--stop", "--to", room / "first", job)
+    imgrun.good("checkpoint", "--to", room / "first", job)
     assert imgrun.record(job)["reason"] == "checkpointed"
     imgrun.good("rm", job)
     if keep:
         save(room / "first", keep)
     second = imgrun.good("restore", "-d", room / "first").strip()
-    imgrun.good("checkpoint", "--to", room / "second", second)  # and goes on
-    imgrun.good("checkpoint", "--stop", "--to", room / "third", second)
+    imgrun.good("checkpoint", "--leave-running", "--to", room / "second", second)  # and goes on
+    imgrun.good("checkpoint", "--to", room / "third", second)
     imgrun.good("rm", second)
     (io / "go").touch()
     done = imgrun("restore", room / "third")
@@ -62,7 +62,7 @@ def test_as_an_ordinary_user(user: Imgrun, room: Path) -> None:
 def test_as_root_without_a_user_namespace(root: Imgrun, room: Path) -> None:
     job = root.good("start", "-d", "--userns", "off", IMAGES / "small.squashfs", "--", "hold", "4", "/etc/motd2").strip()
     root.reaches(job, "ready")
-    root.good("checkpoint", "--stop", "--to", room / "c", job)
+    root.good("checkpoint", "--to", room / "c", job)
     second = root.good("restore", "-d", room / "c").strip()
     root.good("exec", second, "touch", "/etc/motd2")
     root.reaches(second, "same")
