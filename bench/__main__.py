@@ -14,7 +14,7 @@ from bench.harness import Outcome, Unavailable
 from bench.place import REPOSITORY, CannotMeasure, Place
 from bench.report import Section, Table
 
-QUESTIONS = ("start", "density", "storage", "sparse", "rootless", "accounting")
+QUESTIONS = ("start", "density", "storage", "sparse", "rootless", "accounting", "checkpoint")
 OUTPUT = f"{REPOSITORY}/docs/benchmarks.md"
 
 

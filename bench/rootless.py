@@ -206,8 +206,9 @@ def _read(room: Room) -> Case:
 def _compare(section: Section, outcome: Outcome) -> None:
     for form in FORMS:
         ours, theirs = f"imgrun start, {form}", f"apptainer exec, {form}"
+        said = ""
         for name, title in COLUMNS:
-            said = f"{title} of it" if title == "again" else title
+            said = f"{said.removesuffix(', cold')}, again" if title == "again" else title
             ratio = outcome.ratio(ours, theirs, name)
             if ratio is not None and ratio > 1.1:
                 section.find(f"From {form}, `{said}` takes imgrun {ratio:.2f}x of apptainer's time.")

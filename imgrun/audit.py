@@ -6,9 +6,14 @@ moment only.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import stat
+import sys
 from collections.abc import Iterator
 
+from imgrun.criu import first_pid
+from imgrun.criu_rpc import GHOST_LIMIT
 from imgrun.isolation.processes import children_of, members
 from imgrun.job import Job
 from imgrun.preflight import Finding, Level
@@ -16,6 +21,8 @@ from imgrun.preflight import Finding, Level
 OWN_NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 LISTENING = "0A"
+DELETED = " (deleted)"
+V4_IN_V6 = bytes(10) + b"\xff\xff"
 IPC = (("shm", "shared memory"), ("sem", "semaphores"), ("msg", "message queues"))
 
 Trouble = tuple[Level, str, str, str]
@@ -44,6 +51,10 @@ def audit(job: Job) -> list[Finding]:
         if pid == init:
             continue
         who = f"process {inside} ({_name(pid)})"
+        if inside >= first_pid():
+            text = "it was restored lazily, and its memory is still being read"
+            found.append(Finding("warning", "lazy", text, "a checkpoint waits until all of it is there"))
+            continue
         if pid not in tree:
             text = f"{who} was brought in by 'imgrun exec': it is not frozen, and ends with the job"
             found.append(Finding("warning", "exec", text, "let it end first"))
@@ -102,7 +113,8 @@ def _status(pid: int) -> dict[str, str]:
 
 def _descriptors(pid: int, init: int, rights: bool) -> Iterator[Trouble]:
     root = _mounts(init)
-    connected = set() if rights or _own_network(init) else _connections(pid)
+    connections = _connections(pid)
+    repairable = rights or _own_network(init)
     for fd in os.listdir(f"/proc/{pid}/fd"):
         target = os.readlink(f"/proc/{pid}/fd/{fd}")
         what = f"in descriptor {fd}"
@@ -117,9 +129,15 @@ def _descriptors(pid: int, init: int, rights: bool) -> Iterator[Trouble]:
         elif target.startswith("/dev/") and not target.startswith("/dev/shm/") and target not in PLAIN_DEVICES:
             if _is_device(pid, fd):
                 yield "refused", "device", f"uses the device {target} {what}", "have it close that"
-        elif target in connected:
+        elif target in connections and not repairable:
             hint = "start the job with --network none or private"
             yield "refused", "tcp", f"has a TCP connection on the host's network {what}", hint
+        elif target in connections and not _is_loopback(connections[target]):
+            hint = "its other end will not wait: have it close that, or be ready to connect anew"
+            yield "warning", "tcp", f"has a TCP connection to outside {what}", hint
+        elif target.endswith(DELETED) and (size := _unlinked_size(pid, fd)) > GHOST_LIMIT:
+            text = f"has the deleted file {target.removesuffix(DELETED)} of {size >> 20} MiB open {what}"
+            yield "refused", "deleted", text, f"a checkpoint takes such files up to {GHOST_LIMIT >> 20} MiB: let it keep its name"
         elif target.startswith("/") and _mount_of(pid, fd) not in root:
             yield "refused", "outside", f"has {target} from outside of the job open {what}", "have it close that"
         elif target.startswith(("anon_inode:[perf_event]", "anon_inode:kvm", "anon_inode:bpf")):
@@ -130,16 +148,28 @@ def _own_network(init: int) -> bool:
     return not os.path.samestat(os.stat(f"/proc/{init}/ns/net"), os.stat("/proc/self/ns/net"))
 
 
-def _connections(pid: int) -> set[str]:
-    """The TCP connections of the process's network, as its descriptors name them (proc(5), /proc/net/tcp)."""
-    found = set()
+def _unlinked_size(pid: int, fd: str) -> int:
+    """The bytes on disk of a file without a name that a descriptor keeps; 0 for all others."""
+    status = os.stat(f"/proc/{pid}/fd/{fd}")
+    return status.st_blocks * 512 if status.st_nlink == 0 and stat.S_ISREG(status.st_mode) else 0
+
+
+def _is_loopback(address: str) -> bool:
+    """Of an address as /proc/net/tcp and tcp6 have it: words of four bytes in the machine's order."""
+    numbers = b"".join(int(address[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(address), 8))
+    return ipaddress.ip_address(numbers).is_loopback or numbers[:-4] == V4_IN_V6 and numbers[-4] == 127
+
+
+def _connections(pid: int) -> dict[str, str]:
+    """The TCP connections of the process's network: other ends, by how descriptors name them (proc(5), /proc/net/tcp)."""
+    found: dict[str, str] = {}
     for name in ("tcp", "tcp6"):
         try:
             with open(f"/proc/{pid}/net/{name}", encoding="ascii") as f:
                 rows = [line.split() for line in f][1:]
         except OSError:
             continue
-        found |= {f"socket:[{row[9]}]" for row in rows if row[3] != LISTENING}
+        found |= {f"socket:[{row[9]}]": row[2].partition(":")[0] for row in rows if row[3] != LISTENING}
     return found
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
-import time
 from typing import Any
 
 from imgrun import criu
@@ -98,9 +97,8 @@ def await_detached(image: str) -> None:
 
     fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + 5
-        while any(True for _ in loop.bindings(fd)) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        for binding in loop.bindings(fd):
+            loop.wait_until_unmounted(binding.number, 10)
     finally:
         os.close(fd)
 

@@ -308,7 +308,7 @@ class _Saving:
         here = os.open(self.building, DIRECTORY)
         try:
             manifest = self.manifest
-            manifest["files"] = describe_files(self.building)
+            manifest["files"] = describe_files(self.building, manifest.get("files", {}))
             self.mark("hashes")
             statistics = manifest["statistics"]
             statistics["bytes"] = size_of(manifest["files"])

@@ -34,7 +34,7 @@ def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
 def _take(checkpoint: Checkpoint, name: str, target: str) -> None:
     source = f"{checkpoint.path}/{name}"
     try:
-        if checkpoint.archive is not None:
+        if checkpoint.archive is not None and os.path.isdir(source):  # a file's name is taken already
             try:
                 os.rename(source, target)
                 return

@@ -186,7 +186,7 @@ class Totals:
 
 def lines(top: int, names: Iterable[str], totals: Totals | None = None) -> Iterator[bytes]:
     """The list of a tree. Raises what :func:`walk` raises."""
-    entries = walk(top, names)
+    entries = walk(top, sorted(names))
     while batch := list(islice(_described(entries, totals), BATCH)):
         files = [path for path, mode, *_ in batch if stat.S_ISREG(mode) and len(os.fsencode(path)) < LONGEST]
         found = digests(top, files)

@@ -352,12 +352,16 @@ def _counters() -> Check:
         refused = {event: explain(number) for event, number in counters.refused.items()}
     finally:
         counters.close()
-    missing = [event for event in ("cycles", "instructions") if event in refused]
-    if not missing:
-        return Check(name, "ok", f"cycles and instructions; {setting}")
-    absent = "no such counter" in refused[missing[0]]
+    reasons: dict[str, list[str]] = {}
+    for event, reason in refused.items():
+        reasons.setdefault(reason, []).append(event)
+    told = "; ".join([*(f"no {', '.join(events)}: {reason}" for reason, events in reasons.items()), setting])
+    missing = next((event for event in ("cycles", "instructions") if event in refused), None)
+    if missing is None:
+        return Check(name, "ok", told if reasons else f"every event; {setting}")
+    absent = "no such counter" in refused[missing]
     advice = "run on hardware, or a virtual machine with a PMU" if absent else "sysctl kernel.perf_event_paranoid=2 or less"
-    return Check(name, "limited", f"no {' and '.join(missing)}: {refused[missing[0]]}; {setting}", cost, advice)
+    return Check(name, "limited", told, cost, advice)
 
 
 def _private_network() -> Check:

@@ -131,7 +131,7 @@ class Launch:
         base: list[Source] = [root, ScratchDir(scratch, self._scratch_size), Shim(self._shim)]
         owner = self.outside_ids() or (self.user.uid, self.user.gid)
         if self.rootless and spec.root != "writable":
-            why = union.needed(f"{self.job.path}/probe", mounts_below=image.mounts_below)
+            why = union.needed(scratch, mounts_below=image.mounts_below)
             base = self._use_fuse_overlay(scratch, why) if why else base
         self._host_ids = spec.userns == "off"
 

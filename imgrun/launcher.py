@@ -200,7 +200,10 @@ def _start_server() -> Channel:
 
 def serve(channel: Channel) -> None:
     """Fork a supervisor for each request until the program that asks is gone."""
-    import imgrun.launch  # noqa: F401 - so that no supervisor has to import it
+    # So that no supervisor has to import them.
+    import imgrun.launch
+    import imgrun.pmu.counters
+    import imgrun.verdict  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # What is there now is there for good: collecting it would only copy the pages that supervisors share with us.

@@ -163,11 +163,12 @@ def _process_directories(directory: int) -> list[str]:
     return ["processes", *(f"processes/{name}" for name in inner)]
 
 
-def describe_files(path: str) -> dict[str, Any]:
-    """Size and SHA-256 of each of these files; of a link between rounds, where it leads."""
+def describe_files(path: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of each of these files; of a link between rounds, where it leads. ``known`` have not changed."""
     directory = os.open(path, DIRECTORY)
     try:
-        return _describe(directory, list_files(directory))
+        before = known or {}
+        return before | _describe(directory, [name for name in list_files(directory) if name not in before])
     finally:
         os.close(directory)
 

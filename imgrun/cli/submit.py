@@ -30,6 +30,8 @@ def submit(scheduler: str, spec_file: str, options: tuple[str, ...], dry_run: bo
     given = load(spec_file)
     if "image" not in given:
         raise SpecError(f"{spec_file} names no image", 'write image = "..."')
+    if "checkpoint_every" in given:
+        given.setdefault("checkpoint_dir", os.path.abspath("checkpoint"))  # the scheduler's own place, known when it runs
     for line in options:
         if not line.isprintable():
             raise SpecError(f"the option {line!r} is more than a line", "give each line by a --option of its own")

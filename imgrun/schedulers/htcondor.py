@@ -126,6 +126,9 @@ class Site:
 
     def _carries_checkpoints(self, code: int | None) -> bool:
         name = os.path.relpath(self.target, self.sandbox)
+        if (self.job.text("Iwd") or self.sandbox) != self.sandbox:
+            self.warn("the job cannot be frozen: HTCondor transfers no files for it (should_transfer_files = yes)")
+            return False
         if code is not None and name in _list(self.job.text("TransferCheckpoint")):
             lacking = ""
             if self.job.text("WhenToTransferOutput") != "ON_EXIT_OR_EVICT":

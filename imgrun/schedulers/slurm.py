@@ -198,7 +198,7 @@ class Site:
 
     def _requeue(self, status: int) -> None:
         """Have Slurm queue the frozen job again, where it would not do so of itself."""
-        config = control.config()
+        config = control.config(control.LONG_PATIENCE)
         if not config:
             self.warn(f"the job may not be queued again, since scontrol does not work here: scontrol requeue {self.job}")
             return
@@ -207,7 +207,7 @@ class Site:
         job = control.show("job", self.job)
         if job.get("BatchFlag") != "1" or not _shall_go_on(job):
             return
-        if not control.run("requeue", self.job):
+        if not control.run("requeue", self.job, patience=control.LONG_PATIENCE):
             self.warn(f"Slurm does not queue the job again: submit it with --requeue, or do 'scontrol requeue {self.job}'")
 
 

@@ -7,33 +7,35 @@ import subprocess
 
 from imgrun.helper import find_program
 
-PATIENCE = 15.0
-"""Seconds for an answer."""
+PATIENCE = 5.0
+"""Seconds for an answer that can be missed."""
+LONG_PATIENCE = 30.0
+"""Seconds for one on which the job's future depends."""
 FIELD = re.compile(r"(?:^|\s)([A-Z][A-Za-z:/]*)=")
 
 
-def scontrol(*words: str) -> str | None:
+def scontrol(*words: str, patience: float = PATIENCE) -> str | None:
     """The output of scontrol; None when it fails, as where it is not installed or the controller does not answer."""
     program = find_program("scontrol")
     if program is None:
         return None
     try:
         done = subprocess.run(
-            [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, check=False
+            [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=patience, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None
 
 
-def run(*words: str) -> bool:
+def run(*words: str, patience: float = PATIENCE) -> bool:
     """Do something; whether it was done."""
-    return scontrol(*words) is not None
+    return scontrol(*words, patience=patience) is not None
 
 
-def config() -> dict[str, str]:
+def config(patience: float = PATIENCE) -> dict[str, str]:
     """The controller's configuration."""
-    pairs = (line.partition("=") for line in (scontrol("show", "config") or "").splitlines())
+    pairs = (line.partition("=") for line in (scontrol("show", "config", patience=patience) or "").splitlines())
     return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
 

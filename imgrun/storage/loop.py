@@ -140,6 +140,18 @@ def wait_until_unused(device: Device, seconds: float) -> bool:
         time.sleep(0.005)
 
 
+def wait_until_unmounted(number: int, seconds: float) -> bool:
+    """The same for a device that somebody else has bound."""
+    try:
+        fd = _open_device(number, os.O_RDONLY)
+    except OSError:
+        return True  # it has gone
+    try:
+        return wait_until_unused(Device(number, fd, shared=True), seconds)
+    finally:
+        os.close(fd)
+
+
 def _find(image_fd: int, offset: int, size: int, block_size: int) -> Device | None:
     for binding in bindings(image_fd):
         if not _serves(binding, offset, size, block_size):

@@ -13,42 +13,36 @@ from imgrun.helper import Helper, find_program
 from imgrun.isolation.mounts import tmpfs
 from imgrun.storage import fuse
 from imgrun.storage.scratch import Scratch
-from imgrun.storage.trees import remove_tree
 
 
-def needed(directory: str, *, mounts_below: bool) -> str:
-    """Why the kernel's overlay cannot be used, in words; empty when it can.
+def needed(scratch: Scratch, *, mounts_below: bool) -> str:
+    """Why the kernel's overlay cannot be used with this scratch, a directory, in words; empty when it can.
 
-    ``directory`` is made and removed, on the file system of the scratch. ``mounts_below`` says that the lower layer has
-    mounts in it: the kernel would uncover what they hide, and so refuses.
+    ``mounts_below`` says that the lower layer has mounts in it: the kernel would uncover what they hide, and so refuses.
     """
     if mounts_below:
         return "the kernel refuses an overlay on a directory with mounts below it"
-    if os.environ.get("IMGRUN_OVERLAY") == "fuse" or not _kernel_can(directory):
+    if os.environ.get("IMGRUN_OVERLAY") == "fuse" or not _kernel_can(scratch.path):
         return "the kernel refuses an overlay here"
     return ""
 
 
-def _kernel_can(directory: str) -> bool:
-    names = ("lower", "upper", "work")
-    os.mkdir(directory, 0o700)
+def _kernel_can(scratch: str) -> bool:
+    """Whether the kernel makes an overlay for us with these directories. It is not mounted."""
     try:
-        for name in names:
-            os.mkdir(f"{directory}/{name}", 0o700)
         fs = sc.fsopen("overlay")
-        try:
-            for name in names:
-                sc.fsconfig(fs, f"{name}dir", f"{directory}/{name}")
-            sc.fsconfig(fs, "userxattr", None)
-            sc.fsconfig_create(fs)
-            os.close(sc.fsmount(fs))
-        finally:
-            os.close(fs)
+    except OSError:
+        return False
+    try:
+        for option, name in (("lowerdir", "tmp"), ("upperdir", "upper"), ("workdir", "work")):
+            sc.fsconfig(fs, option, f"{scratch}/{name}")
+        sc.fsconfig(fs, "userxattr", None)
+        sc.fsconfig_create(fs)
         return True
     except OSError:
         return False
     finally:
-        remove_tree(directory)
+        os.close(fs)
 
 
 def _cover_proc(directory: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -71,25 +73,77 @@ END
 redis-cli -p 7777 shutdown nosave; redis-check-aof /tmp/appendonlydir/appendonly.aof.manifest | tail -1
 """
 
+OPENMP = r"""
+#include <omp.h>
+#include <stdio.h>
+int main(void) {
+    double sum = 0;
+    for (int round = 0; round < 60; round++) {
+        #pragma omp parallel for schedule(dynamic, 1000) reduction(+:sum)
+        for (long i = 0; i < 2000000; i++) sum += (double)((i * 7 + round) % 11);
+        printf("step\n"); fflush(stdout);
+    }
+    printf("%d threads %.0f\n", omp_get_max_threads(), sum);
+}
+"""
+
+JAVA = """
+import java.util.*; import java.util.concurrent.*; import java.nio.file.*;
+public class Work {
+    static long collatz(long n) { long steps = 0; while (n != 1) { n = n % 2 == 0 ? n / 2 : 3 * n + 1; steps++; } return steps; }
+    public static void main(String[] args) throws Exception {
+        ExecutorService pool = Executors.newFixedThreadPool(3);
+        Path log = Files.createTempFile("log", null);
+        long total = 0;
+        for (int round = 0; round < 150; round++) {
+            List<Future<Long>> parts = new ArrayList<>();
+            for (int k = 0; k < 3; k++) {
+                final long start = 1 + round * 3000L + k * 1000L;
+                parts.add(pool.submit(() -> {
+                    long sum = 0; for (long n = start; n < start + 1000; n++) sum += collatz(n); return sum; }));
+            }
+            for (Future<Long> part : parts) total += part.get();
+            Files.writeString(log, round + "\\n", StandardOpenOption.APPEND);
+            byte[][] garbage = new byte[50][100000];
+            System.out.println("step");
+            Thread.sleep(20);
+        }
+        pool.shutdown();
+        System.out.println(total + " " + Files.readAllLines(log).size());
+    }
+}
+"""
+
+# Each stressor checks its own work (--verify); the last line is "successful" only when all did.
+STRESS = """
+cd /tmp; (while :; do echo step; sleep 0.1; done) & ticker=$!
+stress-ng --verify --timeout 0 --metrics-brief --log-brief --cpu 1 --cpu-ops 400 --cpu-method fft --vm 1 --vm-bytes 32M \\
+  --vm-ops 30000 --pipe 1 --pipe-ops 300000 --mutex 1 --mutex-ops 100000 --hdd 1 --hdd-bytes 8M --hdd-ops 3000 \\
+  --timerfd 1 --timerfd-ops 2000 --eventfd 1 --eventfd-ops 100000 --poll 1 --poll-ops 30000 --sem 1 --sem-ops 300000 \\
+  --switch 1 --switch-ops 100000 > out 2>&1 || { cat out; exit 1; }
+kill $ticker; grep -o 'successful run completed' out || cat out
+"""
+
 PROGRAMS = {
     "numpy": (f"OPENBLAS_NUM_THREADS=2 python3 -c '{NUMPY}'", None),
     "pool": (f"python3 -c '{POOL}'", str(sum(n * n for n in range(1000)))),
     "sqlite": (f"python3 -c '{SQLITE}'", f"ok (8000, {20 * sum(range(400))})"),
     "c": (f"cat > /p.c <<'END'\n{C}\nEND\ngcc -O1 -w -o /p /p.c -lpthread -lrt && exec /p", "100 59700 7 1"),
     "make": (MAKE, "60"),
+    "openmp": (f"cat > /p.c <<'END'\n{OPENMP}\nEND\ngcc -O1 -fopenmp -o /p /p.c && OMP_NUM_THREADS=3 exec /p", None),
+    "java": (f"cat > /tmp/Work.java <<'END'\n{JAVA}\nEND\nexec java -Xmx64m /tmp/Work.java", None),
+    "stress": (STRESS, "successful run completed"),
     "redis": (REDIS, "All AOF files and manifest are valid"),
 }
 
 
 @pytest.fixture(scope="module")
 def image(base: Path) -> Path:
-    """The image of images/numpy.toml, made once for all sessions."""
-    import subprocess
-
-    path = CACHE / "images/numpy.squashfs"
+    """The image of images/numpy.toml, made once for all sessions, and anew when the recipe changes."""
+    recipe = Path(__file__).parents[2] / "images/numpy.toml"
+    path = CACHE / f"images/numpy-{hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]}.squashfs"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        recipe = Path(__file__).parents[2] / "images/numpy.toml"
         words = [*COMMAND, "image", "build", str(recipe), str(path), "--format", "squashfs", "--size", "auto"]
         subprocess.run(words, check=True, env={**os.environ, "IMGRUN_CACHE": str(CACHE)})
     # Where an ordinary user can read it.
@@ -125,3 +179,20 @@ def test_a_pipeline_over_a_large_file(rig: Rig) -> None:
     rig.freeze(job, "c")
     done = rig.restore(rig.path("c"))
     assert done.stdout == undisturbed
+
+
+def test_a_job_that_writes_to_a_bind_mount(rig: Rig) -> None:
+    """What is there belongs to the host: it is where the job left it, and the job goes on in the files it has open."""
+    data = rig.make("data")
+    script = """exec 5>> /data/log; for i in $(seq 200); do echo $i >&5; echo $i > /data/new; mv /data/new /data/last
+        echo step; sleep 0.02; done; echo $(wc -l < /data/log) $(cat /data/last)"""
+    job = rig.run.background(script, "--bind", f"{data}:/data")
+    for number in range(ROUNDS):
+        eventually(lambda job=job: rig.output(job).count("step") > 5, f"it makes progress in round {number}")
+        rig.freeze(job)
+        before = (data / "log").read_text()
+        job = rig.restore(rig.path("c"), "--detach").stdout.strip()
+        assert (data / "log").read_text().startswith(before)
+    assert rig.run("wait", job).status == 0
+    assert rig.output(job)[-1] == "200 200"
+    assert (data / "log").read_text().split() == [str(n) for n in range(1, 201)]

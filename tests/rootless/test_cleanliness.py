@@ -78,7 +78,7 @@ def test_the_file_server(run_any: AsUser, images: Images, kind: str) -> None:
     assert done.status == 125, done
     result = json.loads(run("inspect", job).stdout)["result"]
     assert result["reason"] == "lost"
-    assert "served the image" in result["message"]
+    assert "served the job from outside" in result["message"]
     gone(run)
 
 
@@ -91,7 +91,7 @@ def test_the_file_server_of_a_foreground_job(run: AsUser) -> None:
     assert process.returncode == 125
     lines = stderr.decode().splitlines()
     assert len(lines) == 2, lines
-    assert "served the image" in lines[0]
+    assert "served the job from outside" in lines[0]
     gone(run)
 
 
@@ -120,6 +120,18 @@ def test_pid_1(run_any: AsUser) -> None:
     kill(pids["init"])
     assert run_any("wait", job).status == 137
     gone(run_any)
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids=["reaper", "command"])
+def test_what_is_below_pid_1(run_any: AsUser, depth: int) -> None:
+    job, pids = begin(run_any)
+    victim = pids["init"]
+    for _ in range(depth):
+        victim = int(read(Path(f"/proc/{victim}/task/{victim}/children")).split()[0])
+    kill(victim)
+    assert run_any("wait", job).status == 137
+    gone(run_any)
+    assert json.loads(run_any("inspect", job).stdout)["result"]["signal"] == signal.SIGKILL
 
 
 def test_pasta(run: AsUser) -> None:

@@ -25,6 +25,9 @@ from ordinary import User
 CHECKOUT = Path(__file__).parents[2]
 START = 100.0
 """Seconds for the daemons to find each other on a busy machine."""
+SLOTS = 4
+MEMORY = 400
+"""Of each slot, in MiB."""
 REMOVED, COMPLETED, HELD, IDLE, RUNNING = 3, 4, 5, 1, 2
 """JobStatus of condor_q."""
 
@@ -53,11 +56,11 @@ include : {checkout}/examples/htcondor/submit.conf
 IMGRUN_BIN = {checkout}/.venv/bin
 STARTD_CRON_IMGRUN_ENV = "IMGRUN_STATE_DIR={base}/advertise"
 SHADOW_WORKLIFE = 0
-NUM_SLOTS = 2
-NUM_SLOTS_TYPE_1 = 2
-SLOT_TYPE_1 = cpus=1, mem=1000
-NUM_CPUS = 2
-MEMORY = 2000
+NUM_SLOTS = {slots}
+NUM_SLOTS_TYPE_1 = {slots}
+SLOT_TYPE_1 = cpus=1, mem={memory}
+NUM_CPUS = {slots}
+MEMORY = $(NUM_SLOTS) * {memory}
 START = True
 SUSPEND = False
 PREEMPT = False
@@ -114,7 +117,7 @@ exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin CONDOR_CONFIG={base}/condor_confi
 
 
 class Pool:
-    """One central manager with two slots; jobs are submitted by ``user``. ``settings`` are added to its configuration."""
+    """One central manager with some slots; jobs are submitted by ``user``. ``settings`` are added to its configuration."""
 
     def __init__(self, base: Path, user: User, settings: str = "") -> None:
         self.base = base
@@ -168,7 +171,7 @@ class Pool:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         distribution = (root / "etc/condor/condor_config").read_text()
-        (base / "condor_config").write_text(distribution + CONFIG.format(base=base, port=port, checkout=CHECKOUT) + settings)
+        (base / "condor_config").write_text(distribution + CONFIG.format(base=base, port=port, checkout=CHECKOUT, slots=SLOTS, memory=MEMORY) + settings)
 
     def _make_cgroups(self) -> None:
         """Cgroups that are the user's to divide, as a site delegates them; the limits of jobs go below."""
@@ -221,7 +224,7 @@ class Pool:
         if not os.readlink(f"/proc/{self._child()}/exe").endswith("condor_master"):
             return False
         done = self("condor_status", "-af", "State", "HasImgrunCheckpoints")
-        return done.stdout.split() == ["Unclaimed", "true"] * 2
+        return done.stdout.split() == ["Unclaimed", "true"] * SLOTS
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 

@@ -196,6 +196,12 @@ class Cluster:
         """Let a job that was queued again start now, and not in two minutes."""
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
+    def take_node_back(self) -> None:
+        """After it was taken away. It may have come back by itself."""
+        words = ["scontrol", "update", "NodeName=n1", "State=RESUME"]
+        subprocess.run(words, env=self.environment, capture_output=True, check=False)
+        self.await_that(self._idle, "the node is idle")
+
     @staticmethod
     def await_that(condition: Callable[[], object], what: str) -> None:
         """Wait for it; asking takes a process, so not as often as can be."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from imgrun.cli.submit import submit
 from imgrun.errors import SpecError
 from imgrun.schedulers import slurm_control, slurm_submit
 from imgrun.schedulers.slurm import Site
@@ -69,14 +71,14 @@ def test_a_record_of_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["JobName"] == "a b"
     assert record["Comment"] == "imgrun: x 1"
     assert (record["JobId"], record["JobState"], record["Power"]) == ("7", "RUNNING", "")
-    monkeypatch.setattr(slurm_control, "scontrol", lambda *_: None)
+    monkeypatch.setattr(slurm_control, "scontrol", lambda *_, **__: None)
     assert slurm_control.show("job", "7") == {}
     assert slurm_control.config() == {}
 
 
 def test_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "Configuration data as of now\nKillWait                = 30 sec\nRequeueExit             = 85,90-92\nEmpty = (null)\n"
-    monkeypatch.setattr(slurm_control, "scontrol", lambda *_: text)
+    text = "Configuration data as of now\nKillWait      = 30 sec\nRequeueExit   = 85,90-92\nEmpty = (null)\n"
+    monkeypatch.setattr(slurm_control, "scontrol", lambda *_, **__: text)
     config = slurm_control.config()
     assert slurm_control.seconds(config["KillWait"]) == 30
     assert slurm_control.seconds(config["Empty"]) is None
@@ -114,3 +116,22 @@ def test_several_signals() -> None:
     assert made.checkpoint_signal == both
     assert JobSpec.from_dict(made.to_dict()) == made
     assert spec(checkpoint_signal=10).checkpoint_signal == (10,)
+
+
+@pytest.mark.parametrize("scheduler", ["slurm", "htcondor"])
+def test_what_would_be_submitted(tmp_path: Path, scheduler: str) -> None:
+    """A spec with periodic checkpoints needs no place for them: the scheduler's is taken."""
+    file = tmp_path / "job.toml"
+    file.write_text('image = "my.img"\ncommand = ["true"]\ncheckpoint_every = "10m"\n')
+    words = ["--to", scheduler, "--spec", str(file), "--option", "a = b", "--dry-run"]
+    done = CliRunner().invoke(submit, words)
+    assert done.exit_code == 0, done
+    assert str(file) in done.output
+    assert ("#SBATCH a = b" if scheduler == "slurm" else "a = b") in done.output.splitlines()
+
+
+def test_an_option_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "job.toml"
+    file.write_text('image = "my.img"\ncommand = ["true"]\n')
+    done = CliRunner().invoke(submit, ["--to", "slurm", "--spec", str(file), "--option", "a\nrm -rf b", "--dry-run"])
+    assert isinstance(done.exception, SpecError)

@@ -140,6 +140,8 @@ def _settle(tree: Path, *, systemd: bool) -> None:
         init = tree / "usr/sbin/init"
         init.write_text(BARE_INIT)
         init.chmod(0o755)
+        if not (tree / "usr/bin/sh").exists():
+            (tree / "usr/bin/sh").symlink_to("bash")
         return
     units = tree / "etc/systemd/system"
     (units / "guest.service").write_text(UNIT)

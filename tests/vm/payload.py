@@ -22,13 +22,16 @@ CROSS = "aarch64-linux-gnu-"
 
 MAIN = """\
 # Run by the guest as its last service.
+export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mkdir -p /out/keep
 [ -e /dev/fuse ] || modprobe fuse
 python=$(python3 -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
 mkdir -p /usr/local/lib/$python/dist-packages
 echo /vm/site >/usr/local/lib/$python/dist-packages/vm.pth
+mkdir -p /usr/local/bin
 cp /vm/imgrun /usr/local/bin/imgrun
 chmod 1777 /out/keep
+@TOOLBOX@
 cd /vm/tests
 export PYTHONPATH=/vm/tests VM_GUEST=@NAME@
 echo "vm: the tests begin at $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
@@ -80,6 +83,17 @@ def cross_built(target: Path) -> None:
             sys.executable, "setup.py", "-q", "build", "--build-lib", target, cwd=sources,
             env={"CC": f"{CROSS}gcc", "LDSHARED": f"{CROSS}gcc -shared", "CPATH": str(sources / "include")},
         )  # fmt: skip
+
+
+TOOLBOX = """\
+# The distribution's CRIU in the place of ours, which is made for the host's architecture only.
+toolbox=/vm/site/imgrun_criu/toolbox
+mkdir -p $toolbox
+cp /usr/sbin/criu $toolbox/
+cp -L /lib/ld-linux-aarch64.so.1 $toolbox/ld.so
+for library in $(ldd /usr/sbin/criu | sed -n 's/.* => \\(\\/[^ ]*\\) .*/\\1/p'); do cp -L $library $toolbox/; done
+printf '{"version": "%s", "patches": []}' "$(criu --version | sed -n 's/^Version: //p')" >/vm/site/imgrun_criu/build.json
+"""
 
 
 def programs(guest: Guest, target: Path) -> None:
@@ -136,6 +150,8 @@ def work_disk(guest: Guest, directory: Path, given: dict[str, Path]) -> Path:
     shutil.copytree(HERE / "guest", tree / "tests/guest", ignore=shutil.ignore_patterns("__pycache__"))
     for kind in ("squashfs",) if guest.arm else ("squashfs", "ext4"):
         shutil.copy(small_image(guest, kind), tree / f"images/small.{kind}")
+    if guest.arm:
+        shutil.copytree(ROOT / "tools/criu/imgrun_criu", tree / "site/imgrun_criu")
     other = 62 if guest.arm else 183
     foreign = build_tree(scratch / "foreign", program=elf_header(other))
     make_filesystem("squashfs", tree / "images/foreign.squashfs", foreign)
@@ -146,6 +162,7 @@ def work_disk(guest: Guest, directory: Path, given: dict[str, Path]) -> Path:
     end = "systemctl poweroff --force --force" if guest.systemd else "busybox poweroff -f"
     tests = " ".join(f"guest/{name}" for name in guest.tests)
     (tree / "main").write_text(MAIN.replace("@NAME@", guest.name).replace("@TESTS@", tests).replace("@END@", end)
+                             .replace("@TOOLBOX@", TOOLBOX if guest.arm else "")
                              .replace("@SECONDS@", str(guest.seconds - 90)))
     disk = directory / "work.disk"
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, disk, f"{WORK_MIB}M")

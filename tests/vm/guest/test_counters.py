@@ -33,3 +33,37 @@ def test_counters_of_a_cgroup(root: Imgrun, room: Path, facts: dict[str, Any]) -
 
 def within(instructions: int) -> None:
     assert INSTRUCTIONS <= instructions <= INSTRUCTIONS * 1.02
+
+
+def test_counters_of_a_task(root: Imgrun, room: Path) -> None:
+    """In the root of the hierarchy of a host whose cgroups are not to be changed: counted from the first process on."""
+    before = (CGROUPS / "cgroup.subtree_control").read_text()
+    usage = counted(root, room / "result.json", "--limits", "best-effort")
+    within(usage["counts"]["instructions"])
+    assert before == (CGROUPS / "cgroup.subtree_control").read_text()
+
+
+def test_what_is_not_counted_is_undefined(root: Imgrun, room: Path) -> None:
+    ad = room / "ad"
+    root.good("start", "--classad", ad, IMAGES / "small.squashfs", "--", "spin", "1000000")
+    lines = dict(line.split(" = ", 1) for line in ad.read_text().splitlines())
+    assert int(lines["RemoteInstructions"]) >= 4_000_000
+    assert lines["RemoteCpuCacheHitRate"] == lines["RemoteCpuBranchPredictionMissRate"] == "undefined"
+
+
+def test_an_image_for_another_processor_is_refused(root: Imgrun) -> None:
+    done = root("start", IMAGES / "foreign.squashfs", "--", "true")
+    assert done.status == 125
+    assert "x86_64" in done.stderr.splitlines()[0], done
+
+
+def test_freezing_on_this_processor(root: Imgrun, room: Path, facts: dict[str, Any]) -> None:
+    job = root.good("start", "-d", IMAGES / "small.squashfs", "--", "hold", "2", "/go").strip()
+    root.reaches(job, "ready")
+    done = root("checkpoint", "--to", room / "c", job)
+    facts["checkpoint"] = done.stderr.strip()
+    assert done.status == 0, done
+    second = root.good("restore", "-d", room / "c").strip()
+    root.good("exec", second, "touch", "/go")
+    root.reaches(second, "same")
+    root.good("wait", second)

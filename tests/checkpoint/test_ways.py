@@ -1,0 +1,239 @@
+"""Other ways to freeze and continue: lazily, in rounds, with the image, from an older shim; and what is said at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from command import eventually, expect, kill, refused
+
+from images import Images
+
+from .conftest import Rig
+
+ROOT = pytest.mark.parametrize("rig", ["root"], indirect=True)
+MEGABYTES = 64
+MEMORY = f"""x=$(dd if=/dev/urandom bs=1M count={MEGABYTES} 2>/dev/null | od -A n -v -t x1 | head -c {MEGABYTES << 20})
+echo "$x" | md5sum; echo ready; read go; echo "$x" | md5sum"""
+
+
+def frozen_with_memory(rig: Rig, *flags: str) -> tuple[str, Path]:
+    """A checkpoint of a job that knows the checksum of its memory, and that."""
+    process = rig.run.foreground(MEMORY, "--name", "big", *flags)
+    assert process.stdout is not None
+    first = process.stdout.readline().decode()
+    expect(process, "ready")
+    target = rig.freeze("big")
+    assert process.wait(60) == 85
+    return first, target
+
+
+@ROOT
+def test_lazily(rig: Rig) -> None:
+    first, target = frozen_with_memory(rig, "--userns", "off")
+    done = rig.restore(target, "--lazy", stdin="go\n")
+    assert (done.status, done.stdout, done.stderr) == (0, first, "")
+    # A checkpoint while it fetches its memory is as good; so is one that is restored lazily again.
+    process = rig.run.popen("restore", "--lazy", target)
+    eventually(lambda: "running" in rig.run("ps").stdout)
+    again = rig.freeze("big", "again")
+    assert process.wait(60) == 85
+    assert rig.restore(again, "--lazy", stdin="go\n").stdout == first
+    assert rig.restore(again, stdin="go\n").stdout == first
+
+
+@ROOT
+def test_a_lazy_job_that_ends_or_loses_its_memory(rig: Rig) -> None:
+    _, target = frozen_with_memory(rig, "--userns", "off")
+    job = rig.restore(target, "--lazy", "--detach").stdout.strip()
+    assert rig.run("rm", "--force", job).status == 0
+    # What fetches memory is a child of the supervisor beside PID 1, with CRIU below it; stopped, it cannot be done already.
+    process = rig.run.popen("restore", "--lazy", target)
+    eventually(lambda: "running" in rig.run("ps").stdout)
+    fetchers = [pid for pid in kids(process.pid) for word in kids(pid) if b"lazy-pages" in words(word)]
+    if fetchers:
+        assert kill(fetchers[0], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 125, errors
+        assert b"served the job from outside ended" in errors
+    else:
+        process.communicate(b"go\n", timeout=60)  # it was quicker than we are
+        assert process.returncode == 0
+
+
+def kids(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def words(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_lazily_where_that_cannot_be(rig: Rig) -> None:
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
+        pytest.skip("vm.unprivileged_userfaultfd is on")
+    process = rig.run.foreground("echo ready; read go; echo $go", "--name", "x")
+    expect(process, "ready")
+    target = rig.freeze("x")
+    done = rig.restore(target, "--lazy", stdin="go\n")
+    assert (done.status, done.stdout) == (0, "go\n")
+    assert "not lazily" in done.stderr
+    assert len(done.stderr.splitlines()) <= 2, done
+
+
+def test_rounds_beforehand(rig: Rig) -> None:
+    """Where the kernel tracks memory, most of it is saved before; where it does not, one line says so."""
+    process = rig.run.foreground(MEMORY, "--name", "x")
+    assert process.stdout is not None
+    first = process.stdout.readline().decode()
+    expect(process, "ready")
+    done = rig.run("checkpoint", "--pre-dump", "2", "--to", rig.path("c"), "x")
+    assert done.status == 0, done
+    assert process.wait(60) == 85
+    record = json.loads((rig.path("c") / "manifest.json").read_text())
+    if done.stderr:
+        assert "does not track changed memory" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert record["files"]["processes/parent"] == {"link": "pre-2"}
+        assert record["files"]["processes/pre-2/parent"] == {"link": "../pre-1"}
+        assert record["statistics"]["pages_in_earlier_rounds"] > MEGABYTES * 200
+    assert rig.run("check", rig.path("c")).status == 0
+    assert rig.restore(rig.path("c"), stdin="go\n").stdout == first
+    refused(rig.run("checkpoint", "--pre-dump", "0", "--to", rig.path("c"), "x"), 125, "no number of rounds")
+
+
+@ROOT
+def test_the_image_too(rig: Rig, images: Images) -> None:
+    rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
+    process = rig.run.foreground("echo 1 > /new; echo ready; read go; echo $go >> /new; cat /new", "--writable", "--name", "w")
+    expect(process, "ready")
+    refused(rig.run("checkpoint", "--capture-image", "--archive", rig.path("a"), "w"), 125, "cannot hold the image")
+    target = rig.freeze("w", "c", "--capture-image")
+    assert process.wait(60) == 85
+    other = rig.path("other.img")
+    assert rig.restore(target, "--image", other, stdin="2\n").stdout == "1\n2\n"
+    refused(rig.restore(target, "--image", other, stdin="3\n"), 125, "is not the image that it was")
+    # In place, where it is as it was; then no more.
+    assert rig.restore(target, stdin="4\n").stdout == "1\n4\n"
+    refused(rig.restore(target, stdin="5\n"), 125, "is not the image that it was")
+    third = rig.path("third.img")
+    assert rig.restore(target, "--image", third, stdin="6\n").stdout == "1\n6\n"
+    with (target / "image.img").open("r+b") as f:
+        f.seek(1 << 20)
+        f.write(b"changed")
+    refused(rig.restore(target, "--image", rig.path("fourth.img")), 125, "image.img was changed")
+
+
+def test_what_the_job_wrote_is_checked(rig: Rig) -> None:
+    script = "echo a > /root/file; ln -s a /root/link; echo ready; read go; cat /root/file"
+    process = rig.run.foreground(script, "--name", "x")
+    expect(process, "ready")
+    target = rig.freeze("x")
+    process.wait(60)
+    upper = target / "files/upper/root"
+    (upper / "file").write_text("b\n")
+    refused(rig.restore(target), 125, "files/upper/root/file was changed")
+    (upper / "file").write_text("a\n")
+    (upper / "new").write_text("a\n")
+    refused(rig.restore(target), 125, "files/upper/root/new does not belong there")
+    (upper / "new").unlink()
+    (upper / "link").unlink()
+    refused(rig.restore(target), 125, "files/upper/root/link is missing")
+    (upper / "link").symlink_to("a")
+    if not rig.root:
+        os.chown(upper / "link", rig.run.user.uid, rig.run.user.gid, follow_symlinks=False)  # type: ignore[union-attr]
+    assert rig.restore(target, stdin="go\n").stdout == "a\n"
+
+
+def test_a_shim_of_another_build(rig: Rig) -> None:
+    """An imgrun whose shim has another size continues what an older one has frozen."""
+    process = rig.run.foreground("echo ready; read go; echo $go; exit 7", "--name", "x")
+    expect(process, "ready")
+    target = rig.freeze("x")
+    process.wait(60)
+    install = rig.make("install")
+    install.chmod(0o755)
+    shutil.copytree(Path(__file__).parents[2] / "imgrun", install / "imgrun", ignore=shutil.ignore_patterns("__pycache__"))
+    with (install / "imgrun/native/imgrun-init").open("ab") as f:
+        f.write(bytes(8192))
+    for _ in range(2):
+        done = rig.restore(target, stdin="go\n", env={"PYTHONPATH": str(install), "PYTHONSAFEPATH": "1"})
+        assert (done.status, done.stdout, done.stderr) == (7, "go\n", "")
+    again = rig.run.popen("restore", target, env={"PYTHONPATH": str(install), "PYTHONSAFEPATH": "1"})
+    eventually(lambda: "running" in rig.run("ps").stdout)
+    second = rig.freeze("x", "second")
+    assert again.wait(60) == 85
+    assert (second / "shim").read_bytes() == (target / "shim").read_bytes()
+    assert rig.restore(second, stdin="go\n").stdout == "go\n"
+
+
+@pytest.mark.parametrize("how", ["signal", "time"])
+def test_a_failure_that_nobody_asked_for_is_said_at_once(rig: Rig, how: str) -> None:
+    place = rig.path("c")
+    flags = ("--checkpoint-signal", "USR1") if how == "signal" else ("--checkpoint-every", "1s")
+    process = rig.run.foreground("echo ready; read go", "--checkpoint-dir", place, *flags)
+    expect(process, "ready")
+    (place / "precious").write_text("mine")
+    if how == "signal":
+        process.send_signal(signal.SIGUSR1)
+    assert process.stderr is not None
+    line = process.stderr.readline().decode()
+    assert "checkpoint failed" in line
+    assert "holds something that is no checkpoint" in line
+    (place / "precious").unlink()
+    _, errors = process.communicate(b"go\n", timeout=60)
+    assert process.returncode == 0
+    assert errors.decode().count("checkpoint failed") <= (0 if how == "signal" else 1), errors
+
+
+def test_of_a_background_job_it_is_in_its_log(rig: Rig) -> None:
+    place = rig.path("c")
+    job = rig.run.background("sleep 1000", "--checkpoint-dir", place, "--checkpoint-every", "1s")
+    (place / "precious").write_text("mine")
+    log = rig.run.state / "jobs" / job / "stderr"
+    eventually(lambda: "holds something that is no checkpoint" in log.read_text())
+
+
+def test_timings_and_statistics(rig: Rig) -> None:
+    job = rig.run.background("sleep 1000")
+    done = rig.run("checkpoint", "--timings", "--to", rig.path("c"), job)
+    assert done.status == 0
+    for step in ("start of CRIU", "processes", "files", "hashes", "end of the job", "stood still"):
+        assert step in done.stderr, done
+    record = json.loads((rig.path("c") / "manifest.json").read_text())["statistics"]
+    assert 0 < record["frozen_seconds"] < record["total_seconds"]
+    assert record["pages_written"] > 0
+    assert record["bytes"] > 0
+
+
+@ROOT
+def test_the_audit_of_large_unlinked_files(rig: Rig) -> None:
+    script = "exec 3<>/tmp/x; rm /tmp/x; dd if=/dev/zero bs=1M count=300 >&3 2>/dev/null; echo ready; sleep 1000"
+    job = rig.run.background(script, "--scratch-size", "400M")
+    rig.reaches(job, "ready")
+    found = rig.run("check", job)
+    assert found.status == 1
+    assert "has the deleted file /tmp/x of 300 MiB open" in found.stdout
+    refused(rig.run("checkpoint", "--to", rig.path("c"), job), 125, "too large")
+
+
+def test_a_subordinate_range_that_is_too_small(rig: Rig) -> None:
+    if rig.root:
+        pytest.skip("is about an ordinary user's ids")
+    job = rig.run.background("sleep 1000")
+    target = rig.freeze(job)
+    from imgrun import manifest
+
+    path = target / "manifest.json"
+    record = json.loads(path.read_text())
+    record["ids"]["uid"][-1][2] += 1 << 20
+    record["checksum"] = manifest.checksum(record)
+    path.write_text(json.dumps(record))
+    done = rig.run("check", target)
+    assert done.status == 1
+    assert "ids, and you have" in done.stdout
