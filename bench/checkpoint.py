@@ -75,6 +75,7 @@ def _cases(place: Place, program: str, mebibytes: int, kind: str) -> dict[str, C
         directory = f"{place.directory}/checkpoint"
         shutil.rmtree(directory, ignore_errors=True)
         os.mkdir(directory)
+        os.chmod(directory, 0o777)  # a job has ids of its own
         shutil.copy(program, f"{directory}/hog")
         way = ways[name](place, directory)
         try:

@@ -137,7 +137,7 @@ def _descriptors(pid: int, init: int, rights: bool) -> Iterator[Trouble]:
             yield "warning", "tcp", f"has a TCP connection to outside {what}", hint
         elif target.endswith(DELETED) and (size := _unlinked_size(pid, fd)) > GHOST_LIMIT:
             text = f"has the deleted file {target.removesuffix(DELETED)} of {size >> 20} MiB open {what}"
-            yield "refused", "deleted", text, f"a checkpoint takes such files up to {GHOST_LIMIT >> 20} MiB: let it keep its name"
+            yield "refused", "deleted", text, f"let it keep its name: without, a file may have {GHOST_LIMIT >> 20} MiB"
         elif target.startswith("/") and _mount_of(pid, fd) not in root:
             yield "refused", "outside", f"has {target} from outside of the job open {what}", "have it close that"
         elif target.startswith(("anon_inode:[perf_event]", "anon_inode:kvm", "anon_inode:bpf")):
@@ -157,7 +157,7 @@ def _unlinked_size(pid: int, fd: str) -> int:
 def _is_loopback(address: str) -> bool:
     """Of an address as /proc/net/tcp and tcp6 have it: words of four bytes in the machine's order."""
     numbers = b"".join(int(address[i : i + 8], 16).to_bytes(4, sys.byteorder) for i in range(0, len(address), 8))
-    return ipaddress.ip_address(numbers).is_loopback or numbers[:-4] == V4_IN_V6 and numbers[-4] == 127
+    return ipaddress.ip_address(numbers).is_loopback or (numbers[:-4] == V4_IN_V6 and numbers[-4] == 127)
 
 
 def _connections(pid: int) -> dict[str, str]:

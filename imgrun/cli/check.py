@@ -11,15 +11,17 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
 @click.argument("what", metavar="CHECKPOINT|JOB")
 def check(what: str, as_json: bool) -> NoReturn:
-    """Look at a checkpoint (a path with a '/', or a directory that holds one) or at a running job, and change nothing.
+    """Look at a checkpoint (a path with a '/', a directory that holds one, an archive) or at a running job; change nothing.
 
     One line for each requirement: ok, warning or refused. The exit status is 0, or 1 when something is refused.
     """
     from imgrun import manifest
     from imgrun.preflight import findings
+    from imgrun.unpacking import is_archive, opened
 
-    if "/" in what or manifest.exists(what):
-        found = findings(manifest.load(what))
+    if "/" in what or manifest.exists(what) or is_archive(what):
+        with opened(what) as checkpoint:
+            found = findings(checkpoint)
     else:
         from imgrun.audit import audit
         from imgrun.job import Job

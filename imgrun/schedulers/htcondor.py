@@ -187,9 +187,9 @@ class Site:
         chirp.update({"ImgrunHoldReason": None})
         found = None
         try:
-            # Until the supervisor listens, an eviction waits.
-            signal.pthread_sigmask(signal.SIG_BLOCK, [self._kill_signal()])
             spec = self.spec(asked)
+            # Until the supervisor listens, an eviction waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, spec.checkpoint_signal or ())
             if os.path.exists(self.target) and os.path.getsize(self.target):
                 from imgrun.manifest import load
                 from imgrun.preflight import as_asked, require

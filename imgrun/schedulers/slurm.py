@@ -117,10 +117,12 @@ class Site:
 
     def _look_ahead(self, spec: JobSpec) -> None:
         """Say at the start what would go wrong at a preemption."""
+        if self._number("SLURM_PROCID"):
+            return  # the step's first task says it
         config = control.config()
         if config.get("ProctrackType") == "proctrack/linuxproc":
-            self.warn("this site (proctrack/linuxproc) sends signals to each process of a step: "
-                      "under srun the job must survive SIGTERM, in a batch script it need not")  # fmt: skip
+            self.warn("this site (proctrack/linuxproc) sends SIGTERM to every process, which may end the job before it is "
+                      "saved: use a batch script with --signal=B:USR1@60, which is for imgrun alone")  # fmt: skip
         grace = self.grace if self.grace is not None else self._known_grace(config)
         memory = spec.memory or (self._number("SLURM_MEM_PER_NODE") or 0) << 20
         if grace is not None and memory > grace * RATE and spec.checkpoint_every is None:

@@ -660,20 +660,22 @@ static int many_processes(int count)
 
 static int many_files(int count)
 {
-    char path[64], text[16];
+    /* Ten for each file, each at a place of its own in it. */
+    char path[64], text[16], c;
     int *fds = calloc((size_t)count, sizeof *fds), good = 0;
     for (int i = 0; i < count; i++) {
-        snprintf(path, sizeof path, "/tmp/%d", i);
-        snprintf(text, sizeof text, "%d", i);
-        fds[i] = fresh(path, text);
-        if (fds[i] < 0)
+        snprintf(path, sizeof path, "/tmp/%d", i / 10);
+        snprintf(text, sizeof text, "%010d", i / 10);
+        if (i % 10 == 0)
+            close(fresh(path, text));
+        fds[i] = open(path, O_RDWR);
+        if (fds[i] < 0 || lseek(fds[i], i % 10, SEEK_SET) < 0)
             return 6;
     }
     ready();
     for (int i = 0; i < count; i++) {
-        snprintf(path, sizeof path, "%d", i);
-        ssize_t size = pread(fds[i], text, sizeof text, 0);
-        good += size == (ssize_t)strlen(path) && !memcmp(text, path, (size_t)size) && lseek(fds[i], 0, SEEK_CUR) == size;
+        snprintf(text, sizeof text, "%010d", i / 10);
+        good += lseek(fds[i], 0, SEEK_CUR) == i % 10 && read(fds[i], &c, 1) == 1 && c == text[i % 10];
     }
     printf("good %d\n", good);
     return 0;

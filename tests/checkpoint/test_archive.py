@@ -26,7 +26,8 @@ rm -rf /etc/ssl; mkdir -p /etc/ssl /root/dir; echo new > /etc/ssl/new; touch -d 
 echo ready; read go
 echo $go $(cat /root/second /tmp/file /dev/shm/file /etc/ssl/new); tail -c 4 /root/sparse; stat -c %s /root/sparse
 test -p /root/fifo && test ! -e /etc/motd && ls /etc/ssl && readlink /root/link
-stat -c '%a %U' /tmp/file; stat -c '%Y %h' /root/file; stat -c %Y /root/dir; test $(du -k /root/sparse | cut -f1) -lt 100 && echo sparse
+stat -c '%a %U' /tmp/file; stat -c '%Y %h' /root/file; stat -c %Y /root/dir
+test $(du -k /root/sparse | cut -f1) -lt 100 && echo sparse
 """
 AFTER = ["go a b d new", "end", "2147483652", "new", "/etc/passwd", "4640 root", "86400 2", "86400", "sparse"]
 LITTLE = "echo ready; read go; echo $go"
@@ -194,7 +195,10 @@ BAD: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "over the manifest": ([member("manifest.json")], "which no checkpoint does"),
     "hard link out": ([member("files/upper/l", tarfile.LNKTYPE, linkname="/etc/passwd")], "outside of it"),
     "hard link to a link": (
-        [member("files/upper/l", tarfile.SYMTYPE, linkname="/etc"), member("files/upper/h", tarfile.LNKTYPE, linkname="files/upper/l/passwd")],
+        [
+            member("files/upper/l", tarfile.SYMTYPE, linkname="/etc"),
+            member("files/upper/h", tarfile.LNKTYPE, linkname="files/upper/l/passwd"),
+        ],
         "cannot be unpacked",
     ),
     "device": ([member("files/upper/d", tarfile.CHRTYPE, devmajor=1, devminor=1)], "which no checkpoint does"),

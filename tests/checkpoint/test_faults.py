@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,3 +295,22 @@ def test_what_the_preflight_finds(rig: Rig) -> None:
     remade(good, lambda m: m["host"].update(criu="99.1"))  # type: ignore[attr-defined]
     lines = rig.run("check", good, "--json").stdout
     assert {f["name"] for f in json.loads(lines) if f["level"] == "refused"} == {"cpu", "criu", "image-changed"}
+
+
+def test_of_a_job_that_is_just_starting(rig: Rig) -> None:
+    """At whatever moment it comes: refused in words, and the job goes on; or a checkpoint that can be continued."""
+    for number, delay in enumerate((0.0, 0.05, 0.1, 0.2)):
+        name = f"young{number}"
+        starting = rig.run.popen("start", "--detach", "--name", name, rig.image, "--", "sh", "-c", TICK)
+        eventually(lambda name=name: name in rig.run("ps", "--all").stdout)
+        time.sleep(delay)
+        done = rig.run("checkpoint", "--to", rig.path(name), name)
+        assert starting.wait(60) == 0, starting.communicate()
+        if done.status:
+            refused(done, 125)
+            assert not rig.path(name).exists()
+            rig.reaches(name, "2")
+            rig.freeze(name, name)
+        (again,) = rig.restore(rig.path(name), "--detach").stdout.split()
+        goes_on(rig, again)
+        assert rig.run("rm", "--force", again).status == 0

@@ -12,6 +12,7 @@ import pytest
 from command import eventually, expect, kill, refused
 
 from images import Images
+from imgrun import manifest
 
 from .conftest import Rig
 
@@ -91,6 +92,7 @@ def test_rounds_beforehand(rig: Rig) -> None:
     assert process.stdout is not None
     first = process.stdout.readline().decode()
     expect(process, "ready")
+    refused(rig.run("checkpoint", "--pre-dump", "0", "--to", rig.path("c"), "x"), 125, "no number of rounds")
     done = rig.run("checkpoint", "--pre-dump", "2", "--to", rig.path("c"), "x")
     assert done.status == 0, done
     assert process.wait(60) == 85
@@ -104,7 +106,6 @@ def test_rounds_beforehand(rig: Rig) -> None:
         assert record["statistics"]["pages_in_earlier_rounds"] > MEGABYTES * 200
     assert rig.run("check", rig.path("c")).status == 0
     assert rig.restore(rig.path("c"), stdin="go\n").stdout == first
-    refused(rig.run("checkpoint", "--pre-dump", "0", "--to", rig.path("c"), "x"), 125, "no number of rounds")
 
 
 @ROOT
@@ -222,13 +223,10 @@ def test_the_audit_of_large_unlinked_files(rig: Rig) -> None:
     refused(rig.run("checkpoint", "--to", rig.path("c"), job), 125, "too large")
 
 
+@pytest.mark.parametrize("rig", ["user"], indirect=True)
 def test_a_subordinate_range_that_is_too_small(rig: Rig) -> None:
-    if rig.root:
-        pytest.skip("is about an ordinary user's ids")
     job = rig.run.background("sleep 1000")
     target = rig.freeze(job)
-    from imgrun import manifest
-
     path = target / "manifest.json"
     record = json.loads(path.read_text())
     record["ids"]["uid"][-1][2] += 1 << 20

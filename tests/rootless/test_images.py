@@ -72,6 +72,15 @@ def test_writable(run: AsUser, images: Images, own: Callable[[Path, str], Path],
     assert check.returncode == 0, check.stdout
 
 
+def test_inode_numbers_are_those_of_the_image(run: AsUser, images: Images) -> None:
+    """Links are known by them, and open files of a frozen job."""
+    image = images.filesystem("ext4")
+    inode = tool_run("debugfs", "-R", "stat /bin/busybox", image).split("Inode: ")[1].split()[0]
+    done = run("start", image, "--", "stat", "-c", "%i", "/bin/busybox")
+    # Above them the overlay has bits of its own (xino).
+    assert int(done.stdout) % 2**32 == int(inode), done
+
+
 def test_writable_is_refused_where_it_makes_no_sense(run: AsUser, images: Images) -> None:
     refused(run.sh("true", "--writable"), 125, "cannot be written")
     refused(run("start", "--writable", images.filesystem("ext4"), "--", "true"), 125, "cannot be written")

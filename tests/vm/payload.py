@@ -24,7 +24,7 @@ MAIN = """\
 # Run by the guest as its last service.
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mkdir -p /out/keep
-[ -e /dev/fuse ] || modprobe fuse
+modprobe -a loop fuse squashfs overlay unix_diag inet_diag tcp_diag udp_diag netlink_diag af_packet_diag tun
 python=$(python3 -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
 mkdir -p /usr/local/lib/$python/dist-packages
 echo /vm/site >/usr/local/lib/$python/dist-packages/vm.pth

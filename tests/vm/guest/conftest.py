@@ -93,6 +93,12 @@ def eventually(condition: Callable[[], Any], what: str = "", timeout: float = PA
     return found
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell a failure at once: should a later test hang, the console still has it."""
+    if report.failed:
+        print(f"\n{report.longreprtext[-3000:]}", flush=True)
+
+
 @pytest.fixture
 def room() -> Iterator[Path]:
     """A directory that everybody may use."""

@@ -55,15 +55,3 @@ def test_an_image_for_another_processor_is_refused(root: Imgrun) -> None:
     done = root("start", IMAGES / "foreign.squashfs", "--", "true")
     assert done.status == 125
     assert "x86_64" in done.stderr.splitlines()[0], done
-
-
-def test_freezing_on_this_processor(root: Imgrun, room: Path, facts: dict[str, Any]) -> None:
-    job = root.good("start", "-d", IMAGES / "small.squashfs", "--", "hold", "2", "/go").strip()
-    root.reaches(job, "ready")
-    done = root("checkpoint", "--to", room / "c", job)
-    facts["checkpoint"] = done.stderr.strip()
-    assert done.status == 0, done
-    second = root.good("restore", "-d", room / "c").strip()
-    root.good("exec", second, "touch", "/go")
-    root.reaches(second, "same")
-    root.good("wait", second)
