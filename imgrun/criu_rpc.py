@@ -19,6 +19,8 @@ GHOST_LIMIT = 256 << 20
 """Bytes of an unlinked but open file that is saved with the processes; larger ones make the dump fail."""
 WATCHED = ("/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/run", "/opt")
 """Where a file that is watched by inotify is looked for, beside /etc and /var, when the kernel does not say its path."""
+STATISTICS = "stats-dump"
+EARLIER = "stats-rounds"
 MOST_ROUNDS = 6
 ENOUGH = 8 << 20
 """Bytes of memory that are saved in less time than a round takes."""
@@ -139,6 +141,8 @@ class Dump(NamedTuple):
             if self.rounds < 0 and (size < ENOUGH or (number > 1 and size > before // 2)):
                 break  # another round would not make it less
             before = size
+        work = os.path.dirname(self.log)
+        os.rename(f"{work}/{STATISTICS}", f"{work}/{EARLIER}")
         return f"pre-{number}"
 
 
@@ -152,19 +156,26 @@ def statistics(work: str) -> dict[str, Any]:
         "writing_seconds": "memwrite_time", "pages_scanned": "pages_scanned", "pages_written": "pages_written",
         "pages_in_earlier_rounds": "pages_skipped_parent",
     }  # fmt: skip
-    import pycriu
-
-    found: dict[str, Any] = {}
-    try:
-        with open(f"{work}/stats-dump", "rb") as f:
-            found = pycriu.images.load(f)["entries"][0]["dump"]
-    except (OSError, LookupError, ValueError, pycriu.images.MagicException):
-        pass  # a checkpoint is as good without them
+    found, earlier = _counts(f"{work}/{STATISTICS}"), _counts(f"{work}/{EARLIER}")
     result: dict[str, Any] = {}
     for name, theirs in names.items():
         value = found.get(theirs)
+        if value is not None:
+            # It goes on counting from one dump of a session to the next.
+            value = max(value - earlier.get(theirs, 0), 0)
         result[name] = value / 1e6 if value is not None and name.endswith("_seconds") else value
     return result
+
+
+def _counts(path: str) -> dict[str, int]:
+    import pycriu
+
+    try:
+        with open(path, "rb") as f:
+            found: dict[str, int] = pycriu.images.load(f)["entries"][0]["dump"]
+            return found
+    except (OSError, LookupError, ValueError, pycriu.images.MagicException):
+        return {}  # a checkpoint is as good without them
 
 
 def restore(site: Site, *, before: Callable[[], None], log: str, lazy: bool) -> tuple[int, str | None]:

@@ -39,6 +39,13 @@ class Hold:
         self._cgroup.stop_all()
         self._note("held", verdict.message)
 
+    def renew(self) -> None:
+        """The limit has changed."""
+        try:
+            self._cgroup.hold_when_full()
+        except LimitError:
+            pass  # it is ending
+
     def end(self) -> None:
         """Let it go on."""
         if self.held is not None:
@@ -57,6 +64,7 @@ class Hold:
                 self._cgroup.set_limits(limits._replace(memory=memory, swap=limits.swap if memory else None))
             except LimitError:
                 pass  # the cgroup above has no more: the kernel will choose
+            self.renew()
             self._thaw()
 
     def take_back(self, limits: Limits) -> None:
@@ -67,7 +75,7 @@ class Hold:
                 self._cgroup.set_limits(limits)
             except LimitError:
                 pass  # it holds more than that now; it stands still all the same
-            self._cgroup.hold_when_full()
+            self.renew()
 
     def _thaw(self) -> None:
         try:

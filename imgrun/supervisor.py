@@ -147,7 +147,9 @@ class Supervisor:
             self._launch.warnings.append(text)
 
     def _tell(self, text: str) -> None:
-        """Note it, and say it at once where the job's errors go: nobody asked for it, and its end may be far."""
+        """Note it, and say it at once where the job's errors go: nobody asked for it, and its end may be far. Once each."""
+        if text in self.told:
+            return
         self._note(text)
         if self.streams.say(f"imgrun: warning: {text}\n".encode()):
             self.told.add(text)
@@ -489,8 +491,10 @@ class Supervisor:
         self.job.write("spec.json", spec.to_dict())
         if "time_limit" in changes:
             self._deadline = None if spec.time_limit is None else self._began + spec.time_limit
-        if self._hold is not None and more:
-            self._hold.end()
+        if self._hold is not None:
+            self._hold.renew()
+            if more:
+                self._hold.end()
         return notes
 
     def _signal(self, signum: int) -> None:

@@ -79,9 +79,9 @@ OPENMP = r"""
 #include <unistd.h>
 int main(void) {
     double sum = 0;
-    for (int round = 0; round < 150; round++) {
+    for (int round = 0; round < 300; round++) {
         #pragma omp parallel for schedule(dynamic, 1000) reduction(+:sum)
-        for (long i = 0; i < 300000; i++) sum += (double)((i * 7 + round) % 11);
+        for (long i = 0; i < 100000; i++) sum += (double)((i * 7 + round) % 11);
         printf("step\n"); fflush(stdout);
     }
     printf("%d threads %.0f\n", omp_get_max_threads(), sum);
@@ -122,7 +122,7 @@ public class Work {
 # Each stressor checks its own work (--verify); the last line is "successful" only when all did.
 STRESS = """
 cd /tmp; (while :; do echo step; sleep 0.1; done) & ticker=$!
-stress-ng --verify --timeout 10 --cpu 1 --cpu-method fft --vm 1 --vm-bytes 16M --hdd 1 --hdd-bytes 4M --mutex 1 \\
+stress-ng --verify --timeout 20 --cpu 1 --cpu-method fft --vm 1 --vm-bytes 16M --hdd 1 --hdd-bytes 4M --mutex 1 \\
   --timerfd 1 --eventfd 1 --poll 1 --sem 1 > out 2>&1 || { cat out; exit 1; }
 kill $ticker; grep -o 'successful run completed' out || cat out
 """

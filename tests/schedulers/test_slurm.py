@@ -276,7 +276,6 @@ def test_memory_kill(submitter: Submitter, cluster: Cluster, memory_slot: None) 
     assert "memory-limit 137" in cluster.command("scontrol", "show", "job", job)
 
 
-@pytest.mark.xfail(strict=True, reason="told as the job's own limit where the cgroups above it cannot be watched (v1)")
 def test_memory_kill_by_the_slot(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
     """The limit of the cgroup that the job was started in, which the job's own does not reach."""
     directory = submitter.directory("d")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from imgrun.errors import SpecError
 from imgrun.schedulers import job_ad, singularity
 from imgrun.schedulers.htcondor_submit import submit_file

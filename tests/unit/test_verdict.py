@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgrun import verdict
-from imgrun.errors import LimitError
 from imgrun.isolation.cgroups import fs, oom
 from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.isolation.cgroups.oom import Culprit, Levels
@@ -115,9 +114,12 @@ def test_v2_is_slowed_down_before_its_limit_and_full_when_nothing_can_be_taken_b
     for anon, cache, full in ((10 * MIB, 50 * MIB, False), (high - 2 * MIB, 2 * MIB, False), (high, 0, True)):
         (tree.job / "memory.stat").write_text(f"anon {anon}\nfile {cache}\nshmem 0\nkernel 4096\nslab_reclaimable 4096\n")
         assert tree.directory.is_full() == full
+    (tree.job / "memory.max").write_text(f"{256 * MIB}\n")
+    tree.directory.hold_when_full()
+    assert not tree.directory.is_full(), "with more memory it is not"
     (tree.job / "memory.max").write_text("max\n")
-    with pytest.raises(LimitError, match="--oom hold"):
-        tree.directory.hold_when_full()
+    tree.directory.hold_when_full()
+    assert (tree.job / "memory.high").read_text() == "max"
 
 
 # -- the words ----------------------------------------------------------------------------------------------------------

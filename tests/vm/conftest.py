@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from vm.guests import GUESTS
 from vm.machine import Outcome, boot
 from vm.payload import work_disk

@@ -27,7 +27,7 @@ ARM = (
 
 
 class Outcome(NamedTuple):
-    """How a guest's run ended. ``problem`` is why there is no result, or that the kernel complained; empty if all went well."""
+    """How a guest's run ended. ``problem`` is why there is no result, or what its kernel complained of; or empty."""
 
     guest: Guest
     directory: Path

@@ -9,11 +9,10 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+from images import build_tree, elf_header, make_filesystem
 from vm import debs
 from vm.debs import cached, digest, run
 from vm.guests import ARM, Guest
-
-from images import build_tree, elf_header, make_filesystem
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -37,7 +36,8 @@ export PYTHONPATH=/vm/tests VM_GUEST=@NAME@
 echo "vm: the tests begin at $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
 {
     # Interrupted, pytest still tells what it has so far.
-    timeout --signal INT --kill-after 20 @SECONDS@ python3 -u -m pytest -c guest/pytest.ini --rootdir guest -v --tb=short --durations=12 --junitxml=/out/junit.xml @TESTS@ 2>&1
+    timeout --signal INT --kill-after 20 @SECONDS@ python3 -u -m pytest -c guest/pytest.ini --rootdir guest \\
+        -v --tb=short --durations=12 --junitxml=/out/junit.xml @TESTS@ 2>&1
     echo $? >/out/status
 } | tee /out/log >/dev/console
 echo "vm: the tests end at $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
@@ -56,7 +56,8 @@ def wheel(target: Path) -> None:
         run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", scratch, sources)
         wheels = [next(Path(scratch).glob("imgrun-*.whl"))]
         assert "-cp311-abi3-" in wheels[0].name, f"{wheels[0].name} does not serve all Pythons from 3.11 on"
-        wheels += [Path(path) for path in run(ROOT / "tools/build-wheels", sys.executable).split() if "criu" in Path(path).name]
+        others = [Path(path) for path in run(ROOT / "tools/build-wheels", sys.executable).split()]
+        wheels += [path for path in others if "criu" in path.name]
         run(*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", target, *wheels)
 
 
@@ -64,7 +65,8 @@ def _copy_sources(target: Path) -> None:
     target.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
-    shutil.copytree(ROOT / "imgrun", target / "imgrun", ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.o", "imgrun-init"))
+    built = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "imgrun-init")
+    shutil.copytree(ROOT / "imgrun", target / "imgrun", ignore=built)
 
 
 def cross_built(target: Path) -> None:
@@ -161,9 +163,14 @@ def work_disk(guest: Guest, directory: Path, given: dict[str, Path]) -> Path:
         shutil.copytree(path, tree / "given" / name, symlinks=True)
     end = "systemctl poweroff --force --force" if guest.systemd else "busybox poweroff -f"
     tests = " ".join(f"guest/{name}" for name in guest.tests)
-    (tree / "main").write_text(MAIN.replace("@NAME@", guest.name).replace("@TESTS@", tests).replace("@END@", end)
-                             .replace("@TOOLBOX@", TOOLBOX if guest.arm else "")
-                             .replace("@SECONDS@", str(guest.seconds - 90)))
+    words = {
+        "NAME": guest.name, "TESTS": tests, "END": end, "TOOLBOX": TOOLBOX if guest.arm else "",
+        "SECONDS": str(guest.seconds - 90),
+    }  # fmt: skip
+    main = MAIN
+    for word, meaning in words.items():
+        main = main.replace(f"@{word}@", meaning)
+    (tree / "main").write_text(main)
     disk = directory / "work.disk"
     run("mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, disk, f"{WORK_MIB}M")
     shutil.rmtree(scratch)

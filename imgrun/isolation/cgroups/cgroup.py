@@ -256,7 +256,7 @@ class JobCgroup:
         """Have the job wait at its memory limit instead of being killed there. Raises LimitError.
 
         v1: the kernel lets wait who needs memory; system calls that do may fail with ENOMEM. v2: it slows the job down from
-        a little below the limit on, and ``is_full`` is to be asked at each event.
+        a little below the limit on, and ``is_full`` is to be asked at each event; call this again when the limit changes.
         """
         directory = self._with("memory")
         if directory is None:

@@ -83,10 +83,15 @@ class Levels:
                 continue
         if fired:
             self._fired = Culprit("above", fired[0], self._limit(fired[0]))
-        elif self._limit(self._own.path) is None:
+        elif not self._own_was_full():
             self._fired = self._tightest_above()
         else:
             self._fired = Culprit("job", self._own.path, self._limit(self._own.path))
+
+    def _own_was_full(self) -> bool:
+        """Whether the job has ever met its own limit. With v1 not all cgroups above may be watched, but this can be read."""
+        limit, peak = self._limit(self._own.path), fs.number(f"{self._own.path}/memory.max_usage_in_bytes")
+        return limit is not None and peak is not None and (peak >= limit or bool(fs.number(f"{self._own.path}/memory.failcnt")))
 
     def _tightest_above(self) -> Culprit:
         """The cgroup above with the least limit, where none of them could be watched; if none has one, one out of sight."""

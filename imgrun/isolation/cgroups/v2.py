@@ -171,9 +171,8 @@ class V2Directory:
 
     def hold_when_full(self) -> None:
         limit = fs.number(f"{self.path}/memory.max")
-        if limit is None:
-            raise LimitError("--oom hold needs a memory limit, and the job has none", "add --memory SIZE")
-        lim.put(self.path, "memory.high", str(limit - max(limit // 16, 1 << 20)), "--oom hold")
+        high = "max" if limit is None else str(limit - max(limit // 16, 1 << 20))
+        lim.put(self.path, "memory.high", high, "--oom hold")
 
     def is_full(self) -> bool:
         high = fs.number(f"{self.path}/memory.high")

@@ -20,7 +20,7 @@ OUT = Path("/out")
 KEEP = OUT / "keep"
 """What is put there reaches the guests that take this one's checkpoints, as GIVEN / NAME."""
 GIVEN = Path("/vm/given")
-PATIENCE = 60.0
+PATIENCE = 150.0
 """Seconds of the guest's time. Its Python is 30 times slower than the host's."""
 CGROUPS = Path("/sys/fs/cgroup")
 

@@ -1,4 +1,4 @@
-"""Every limit, by what the kernel says of it, wherever in systemd's tree imgrun is called; and what becomes of a job over its memory."""
+"""Every limit, by what the kernel says of it, wherever in systemd's tree imgrun is called; and kills for memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from guest.conftest import CGROUPS, IMAGES, SESSION, USER_ENVIRONMENT, Imgrun
 Make = Callable[..., Imgrun]
 ALL = ("--memory", "64M", "--swap", "8M", "--cpus", "0.5", "--cpu-weight", "50", "--cpuset", "0", "--pids", "40", "--io-max",
        "/dev/vda:rbps=1M")  # fmt: skip
-SHOW = "cd /sys/fs/cgroup; cat memory.max memory.swap.max cpu.max cpu.weight cpuset.cpus pids.max io.max memory.oom.group; nproc"
+FILES = "memory.max memory.swap.max cpu.max cpu.weight cpuset.cpus pids.max io.max memory.oom.group"
+SHOW = f"cd /sys/fs/cgroup; cat {FILES}; nproc"
 
 
 def sees_all_limits(imgrun: Imgrun) -> None:
@@ -88,8 +89,8 @@ def test_a_killed_child_alone_does_not_make_the_verdict(root: Imgrun, room: Path
 def test_pids_and_processor_time_are_kept(root: Imgrun, room: Path) -> None:
     record = room / "result.json"
     script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 30 & done; spin 200000000"
-    done = root("start", "--pids", "6", "--cpus", "0.2", "--time-limit", "4s", "--result", record, IMAGES / "small.squashfs", "--",
-                "sh", "-c", script)  # fmt: skip
+    done = root("start", "--pids", "6", "--cpus", "0.2", "--time-limit", "4s", "--result", record,
+                IMAGES / "small.squashfs", "--", "sh", "-c", script)  # fmt: skip
     result = json.loads(record.read_text())
     assert done.status in (1, 2, 124), done
     usage = result["usage"]
@@ -98,7 +99,7 @@ def test_pids_and_processor_time_are_kept(root: Imgrun, room: Path) -> None:
 
 
 def test_a_users_scope_has_what_is_delegated(make: Make) -> None:
-    """systemd delegates cpu, memory and pids to users: these limits hold; and cpuset or io are refused with the way to have them."""
+    """systemd delegates cpu, memory and pids to users: these limits hold; io is refused with the way to have it."""
     user = make(*SESSION, user=True)
     show = "cd /sys/fs/cgroup; cat memory.max pids.max; cat cpu.max"
     controllers = (CGROUPS / "user.slice/user-1000.slice/user@1000.service/cgroup.controllers").read_text().split()

@@ -10,7 +10,8 @@ from guest.conftest import IMAGES, Imgrun
 
 def test_life_of_a_job(user: Imgrun) -> None:
     """Start in the background, enter from another session than the job's, look, stop."""
-    job = user.good("start", "-d", "--name", "one", "--memory", "64M", IMAGES / "small.squashfs", "--", "sleep", "1000").strip()
+    words = ("-d", "--name", "one", "--memory", "64M", IMAGES / "small.squashfs", "--", "sleep", "1000")
+    job = user.good("start", *words).strip()
     inside = user("exec", "one", "sh", "-c", "id -u; cat /sys/fs/cgroup/memory.max; cat /proc/self/cgroup; exit 5")
     assert (inside.status, inside.stdout.splitlines()) == (5, ["0", str(64 << 20), "0::/"]), inside
     user.good("stop", job)
@@ -20,7 +21,8 @@ def test_life_of_a_job(user: Imgrun) -> None:
 def test_exec_out_of_reach(user: Imgrun, make: Callable[..., Imgrun]) -> None:
     """Without systemd's help the kernel keeps a user's process out of the job's cgroup, and that is said."""
     user.good("start", "-d", "--name", "two", IMAGES / "small.squashfs", "--", "sleep", "1000")
-    nobus = make("setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "env", "XDG_RUNTIME_DIR=/nowhere", user=True)
+    as_user = ("setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups")
+    nobus = make(*as_user, "env", "XDG_RUNTIME_DIR=/nowhere", user=True)
     done = nobus("exec", "two", "true")
     assert done.status == 125, done
     assert "lets no process of this session into its cgroup" in done.stderr
