@@ -20,9 +20,8 @@ import pytest
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, LimitError, StartError
-from imgrun.isolation.cgroups import cgroup
+from imgrun.isolation.cgroups import cgroup, fs
 from imgrun.isolation.cgroups import dirs as cgroup_dirs
-from imgrun.isolation.cgroups import fs as fs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups import plan as cgroup_plan

@@ -14,9 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgrun.errors import HostError, LimitError, SpecError
-from imgrun.isolation.cgroups import cgroup
+from imgrun.isolation.cgroups import cgroup, fs
 from imgrun.isolation.cgroups import dirs as cgroup_dirs
-from imgrun.isolation.cgroups import fs as fs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups import systemd as cgroup_systemd

@@ -57,15 +57,15 @@ GUESTS = {
     for guest in (
         Guest(
             "trixie", "Debian 13, systemd, cgroup v2 only", TRIXIE, _cloud_kernel("trixie"),
-            ("test_start.py", "test_limits.py"),
+            ("test_start.py", "test_limits.py", "test_rootless.py"),
         ),
         Guest(
-            "session", "Debian 13: sessions of users, freezing, an init of the image's own", TRIXIE, _cloud_kernel("trixie"),
-            ("test_rootless.py", "test_checkpoint.py", "test_init.py"), seconds=800, ready=False,
+            "freezing", "Debian 13: freezing, and an init of the image's own", TRIXIE, _cloud_kernel("trixie"),
+            ("test_checkpoint.py", "test_init.py"), seconds=800, ready=False,
         ),
         Guest(
             "sid", "Debian 13 with the kernel of sid", TRIXIE, _cloud_kernel("sid"),
-            ("test_start.py", "test_checkpoint.py", "test_migration.py"), takes=("session",), ready=False,
+            ("test_start.py", "test_checkpoint.py", "test_migration.py"), takes=("freezing",), ready=False,
         ),
         Guest(
             "bookworm", "Debian 12, kernel and userland", BOOKWORM, _cloud_kernel("bookworm"),

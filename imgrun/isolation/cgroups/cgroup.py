@@ -17,12 +17,9 @@ from collections.abc import Callable, Iterable, Set
 from typing import TYPE_CHECKING
 
 from imgrun.errors import HostError, LimitError
-from imgrun.isolation.cgroups import dirs as dirs
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import dirs, fs, v1, v2
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
-from imgrun.isolation.cgroups import v1 as v1
-from imgrun.isolation.cgroups import v2 as v2
 from imgrun.isolation.cgroups.limits import IoMax, Limits
 from imgrun.isolation.cgroups.place import Place
 from imgrun.isolation.cgroups.plan import plan

@@ -6,7 +6,7 @@ import os
 import time
 
 from imgrun.errors import HostError, StartError
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import fs
 
 
 def subtree(directory: str) -> list[str]:

@@ -6,9 +6,8 @@ import os
 from typing import NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import fs, v1
 from imgrun.isolation.cgroups import limits as lim
-from imgrun.isolation.cgroups import v1 as v1
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.cgroups.plan import Plan, plan
 

@@ -11,7 +11,7 @@ import os
 from typing import NamedTuple
 
 from imgrun.errors import LimitError, SpecError
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import fs
 from imgrun.units import format_cpu_list, parse_cpu_list, parse_size
 
 PERIOD = 100_000

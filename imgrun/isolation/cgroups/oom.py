@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 from typing import Literal, NamedTuple
 
-from imgrun.isolation.cgroups import fs as fs
-from imgrun.isolation.cgroups import v1 as v1
-from imgrun.isolation.cgroups import v2 as v2
+from imgrun.isolation.cgroups import fs, v1, v2
 
 Whose = Literal["job", "above", "host", "inside"]
 UNLIMITED = 1 << 60
@@ -90,8 +88,11 @@ class Levels:
 
     def _own_was_full(self) -> bool:
         """Whether the job has ever met its own limit. With v1 not all cgroups above may be watched, but this can be read."""
-        limit, peak = self._limit(self._own.path), fs.number(f"{self._own.path}/memory.max_usage_in_bytes")
-        return limit is not None and peak is not None and (peak >= limit or bool(fs.number(f"{self._own.path}/memory.failcnt")))
+        own = self._own.path
+        limit, peak = self._limit(own), fs.number(f"{own}/memory.max_usage_in_bytes")
+        if limit is None or peak is None:
+            return False
+        return peak >= limit or bool(fs.number(f"{own}/memory.failcnt"))
 
     def _tightest_above(self) -> Culprit:
         """The cgroup above with the least limit, where none of them could be watched; if none has one, one out of sight."""

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import dirs as dirs
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import dirs, fs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups.limits import Limits
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import fs, v1
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
-from imgrun.isolation.cgroups import v1 as v1
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.cgroups.place import Place
 

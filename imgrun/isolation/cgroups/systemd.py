@@ -10,7 +10,7 @@ import subprocess
 import time
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import fs
 
 MANAGER = ("org.freedesktop.systemd1", "/org/freedesktop/systemd1", "org.freedesktop.systemd1.Manager")
 

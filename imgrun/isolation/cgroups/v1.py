@@ -10,8 +10,7 @@ import os
 import time
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import dirs as dirs
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import dirs, fs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 
 from imgrun.errors import LimitError
-from imgrun.isolation.cgroups import dirs as dirs
-from imgrun.isolation.cgroups import fs as fs
+from imgrun.isolation.cgroups import dirs, fs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups.limits import Limits
