@@ -10,6 +10,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from bench.harness import Case, Outcome, Unavailable, interleave, last_line, run, run_checked
 from bench.place import HERE, Place
@@ -84,7 +85,7 @@ def _cases(place: Place, program: str, mebibytes: int, kind: str) -> dict[str, C
             way.clean_up()
             shutil.rmtree(directory)
 
-    return {name: (lambda name=name: case(name)) for name in ways}
+    return {name: partial(case, name) for name in ways}
 
 
 class Way:

@@ -56,6 +56,7 @@ class Imgrun:
     def popen(self, *words: str | Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
         """``imgrun WORDS`` with its streams as pipes, unless told otherwise."""
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        streams["bufsize"] = 0  # what readline() had read ahead, communicate() would not return
         process = subprocess.Popen(
             [*COMMAND, *map(str, words)], env={**os.environ, **(env or {})}, **{**streams, **options}
         )

@@ -153,6 +153,7 @@ class AsUser(Imgrun):
     def program(self, *words: str | Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
         """Any program as the user."""
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        streams["bufsize"] = 0  # what readline() had read ahead, communicate() would not return
         process = subprocess.Popen(
             [*self.world.words(self.user), *map(str, words)],
             env={**self.environment(), **(env or {})}, cwd="/", **{**streams, **options},

@@ -39,6 +39,7 @@ class AsRoot(Imgrun):
 
     def popen(self, *words: str | Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[bytes]:
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        streams["bufsize"] = 0  # what readline() had read ahead, communicate() would not return
         environment = {**os.environ, "IMGRUN_STATE_DIR": str(self.state), **(env or {})}
         process = subprocess.Popen(
             [*self.before, *COMMAND, *map(str, words)], env=environment, **{**streams, **options}

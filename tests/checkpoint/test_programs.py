@@ -82,7 +82,7 @@ int main(void) {
     for (int round = 0; round < 300; round++) {
         #pragma omp parallel for schedule(dynamic, 1000) reduction(+:sum)
         for (long i = 0; i < 100000; i++) sum += (double)((i * 7 + round) % 11);
-        printf("step\n"); fflush(stdout);
+        printf("step\n"); fflush(stdout); usleep(30000);
     }
     printf("%d threads %.0f\n", omp_get_max_threads(), sum);
 }

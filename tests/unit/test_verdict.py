@@ -97,6 +97,9 @@ def test_v1_without_a_limit_of_its_own_it_was_the_tightest_above(tmp_path: Path,
     assert levels.culprit() == Culprit("above", str(job.parent), 700 * MIB)
     (job / "memory.limit_in_bytes").write_text(f"{64 * MIB}\n")
     levels.note_event()
+    assert levels.culprit().whose == "above", "its own limit was never met"
+    (job / "memory.failcnt").write_text("3\n")
+    levels.note_event()
     assert levels.culprit() == Culprit("job", str(job), 64 * MIB)
     assert levels.at_own_limit()
 
@@ -119,7 +122,7 @@ def test_v2_is_slowed_down_before_its_limit_and_full_when_nothing_can_be_taken_b
     assert not tree.directory.is_full(), "with more memory it is not"
     (tree.job / "memory.max").write_text("max\n")
     tree.directory.hold_when_full()
-    assert (tree.job / "memory.high").read_text() == "max"
+    assert (tree.job / "memory.high").read_text().startswith("max")
 
 
 # -- the words ----------------------------------------------------------------------------------------------------------

@@ -88,11 +88,10 @@ class Levels:
 
     def _own_was_full(self) -> bool:
         """Whether the job has ever met its own limit. With v1 not all cgroups above may be watched, but this can be read."""
-        own = self._own.path
-        limit, peak = self._limit(own), fs.number(f"{own}/memory.max_usage_in_bytes")
-        if limit is None or peak is None:
-            return False
-        return peak >= limit or bool(fs.number(f"{own}/memory.failcnt"))
+        limit = self._limit(self._own.path)
+        peak = fs.number(f"{self._own.path}/memory.max_usage_in_bytes") or 0
+        # That of memory and swap together counts too.
+        return limit is not None and (peak >= limit or bool(self._own.memory_events().at_limit))
 
     def _tightest_above(self) -> Culprit:
         """The cgroup above with the least limit, where none of them could be watched; if none has one, one out of sight."""

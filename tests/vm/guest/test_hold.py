@@ -22,7 +22,7 @@ def test_a_held_job_goes_on_with_more_memory(root: Imgrun) -> None:
     assert "memory limit of 64 MiB and is held" in root.good("inspect", job)
     root.good("update", "--memory", "256M", job)
     root("wait", job)
-    assert root.good("logs", job).endswith("done\n")
+    assert root.good("logs", "--stdout", job).endswith("done\n")
     assert root.record(job)["reason"] == "exited"
 
 
