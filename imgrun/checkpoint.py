@@ -1,9 +1,9 @@
 """Making a checkpoint: what of a job is saved, and in which order, so that it is complete or absent and no job is lost.
 
-It is made beside its final name and renamed when it is complete (imgrun.manifest says what is in it). All that can fail is
-done while the job's processes stand still under CRIU, which lets them go on if anything does; only then is the job ended,
-and its files, where they can stay on their disk, are renamed into the checkpoint. It holds the job's memory, so it is its
-owner's alone.
+It is made beside its final name and renamed when it is complete (imgrun.checkpoints.manifest says what is in it). All that
+can fail is done while the job's processes stand still under CRIU, which lets them go on if anything does; only then is the
+job ended, and its files, where they can stay on their disk, are renamed into the checkpoint. It holds the job's memory, so
+it is its owner's alone.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import signal
 import time
 from typing import Any, NamedTuple
 
-from imgrun import archive, captured, criu, criu_rpc, identity, init_shim
+from imgrun import criu, init_shim
 from imgrun import syscalls as sc
-from imgrun.archive import Archive
-from imgrun.digests import Totals, lines
+from imgrun.checkpoints import archive, captured, criu_rpc, identity
+from imgrun.checkpoints.archive import Archive
+from imgrun.checkpoints.digests import Totals, lines
+from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, IMAGE, LIST, MANIFEST, SHIM, checksum, describe_files, size_of
+from imgrun.checkpoints.subject import How, Subject, building_archive, building_place, kept_log, refuse
 from imgrun.errors import CheckpointError, ImgrunError, JobStateError, NoSpace
 from imgrun.isolation import namespaces
 from imgrun.isolation.processes import census, children_of
-from imgrun.manifest import DIRECTORY, FORMAT, IMAGE, LIST, MANIFEST, SHIM, checksum, describe_files, size_of
 from imgrun.state import now
 from imgrun.storage.trees import remove_tree
-from imgrun.subject import How, Subject, building_archive, building_place, kept_log, refuse
 
 LOG = "dump.log"
 

@@ -1,7 +1,7 @@
 """CRIU inside the job: a process of the job's own namespaces, and the conversation with it.
 
 CRIU shares every namespace with the tree below the shim, so it saves processes and nothing else; what is around them, imgrun
-makes anew from the plan. What is asked of it is imgrun.criu_rpc. Source: criu(8).
+makes anew from the plan. What is asked of it is imgrun.checkpoints.criu_rpc. Source: criu(8).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
-from imgrun.criu_log import explain
+from imgrun.checkpoints.criu_log import explain
 from imgrun.errors import CheckpointError, HostError, JobStateError
 from imgrun.isolation import namespaces
 from imgrun.isolation.mounts import NO_ACCESS_TO_DEVICES, new_filesystem

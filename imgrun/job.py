@@ -78,9 +78,9 @@ class Job:
         ``imgrun check`` that are to be ignored. With ``lazy`` it runs before all of its memory is read, where the kernel
         allows that. Descriptors as of :meth:`start`. Raises RestoreError, and what ``start`` raises.
         """
-        from imgrun import preflight
+        from imgrun.checkpoints import preflight
+        from imgrun.checkpoints.unpacking import opened
         from imgrun.launcher import start_job
-        from imgrun.unpacking import opened
 
         changes = {"image": image, "memory": memory, "binds": list(binds), "allow": list(allow), "lazy": lazy}
         with opened(checkpoint, allow) as loaded:
@@ -249,8 +249,8 @@ class Job:
         memory is saved before the job is frozen. Returns ``timings`` (step and milliseconds), ``statistics`` (those of the
         manifest) and ``warnings``. Raises CheckpointError when it cannot be done; the job then runs on as before.
         """
-        from imgrun.archive import must_compress
-        from imgrun.subject import How
+        from imgrun.checkpoints.archive import must_compress
+        from imgrun.checkpoints.subject import How
 
         if (to is None) == (archive is None):
             raise SpecError("a checkpoint goes to a directory or to an archive", "give one of them")
@@ -346,7 +346,7 @@ def collect(root: StateRoot) -> list[str]:
     """
     done = []
     if os.path.isdir(f"{root.path}/unpacked"):
-        from imgrun.unpacking import remove_leftovers
+        from imgrun.checkpoints.unpacking import remove_leftovers
 
         remove_leftovers(root)
     for job in root.leftovers():

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from imgrun import init_shim, passwd
+from imgrun.accounting.meter import Meter
 from imgrun.channel import Channel
 from imgrun.environment import login_environment
 from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
@@ -22,7 +23,6 @@ from imgrun.isolation.cgroups.cgroup import JobCgroup, Limits, check_limits
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, OtherImage, RootImage, ScratchDir, Shim, Source, Union
 from imgrun.isolation.userns import HeldMap, IdMap
-from imgrun.meter import Meter
 from imgrun.plan import Plan, build_plan
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
@@ -31,9 +31,9 @@ from imgrun.storage.guest import check_architecture, identify
 from imgrun.storage.scratch import Scratch
 
 if TYPE_CHECKING:
-    from imgrun.holding import Hold
-    from imgrun.manifest import Checkpoint
-    from imgrun.subject import Subject
+    from imgrun.accounting.holding import Hold
+    from imgrun.checkpoints.manifest import Checkpoint
+    from imgrun.checkpoints.subject import Subject
 
 INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
 SIGRTMIN = 34
@@ -97,7 +97,7 @@ class Launch:
         self.mark("cgroups")
         self._become_root()
         if self.checkpoint is not None:
-            from imgrun.continuing import put_image
+            from imgrun.checkpoints.continuing import put_image
 
             put_image(self.checkpoint)
         image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
@@ -119,7 +119,7 @@ class Launch:
         scratch = Scratch.create(f"{self.job.path}/scratch", self._scratch_size)
         self._undo.append(scratch.close)
         if self.checkpoint is not None:
-            from imgrun.continuing import put_files_back, shim_for
+            from imgrun.checkpoints.continuing import put_files_back, shim_for
 
             held = self.checkpoint.hold()
             self._undo.append(lambda: os.close(held))
@@ -377,7 +377,7 @@ class Launch:
         """For ``--oom hold``, from now on: not while it starts, where nobody could tell why it waits."""
         if self.spec.oom != "hold":
             return None
-        from imgrun.holding import Hold
+        from imgrun.accounting.holding import Hold
 
         assert self._cgroup is not None
         try:
@@ -420,8 +420,8 @@ class Launch:
 
         ``stdin`` is where its input comes from: None for nowhere, negative when that has come to its end.
         """
-        from imgrun.continuing import position
-        from imgrun.subject import Subject
+        from imgrun.checkpoints.continuing import position
+        from imgrun.checkpoints.subject import Subject
 
         return Subject(
             id=self.job.id, spec=self.spec, hostname=self.hostname, init=self.pid, scratch=self.scratch.path,
@@ -432,7 +432,7 @@ class Launch:
 
     def continue_from(self, stdio: tuple[int, ...]) -> None:
         """Have CRIU bring the processes of the checkpoint back, with these standard streams."""
-        from imgrun.continuing import restore
+        from imgrun.checkpoints.continuing import restore
 
         assert self.checkpoint is not None
         assert self._cgroup is not None

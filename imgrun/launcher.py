@@ -24,7 +24,7 @@ from imgrun.streams import Stdio
 from imgrun.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from imgrun.manifest import Checkpoint
+    from imgrun.checkpoints.manifest import Checkpoint
 
 _lock = threading.Lock()
 _server: Channel | None = None
@@ -201,9 +201,7 @@ def _start_server() -> Channel:
 def serve(channel: Channel) -> None:
     """Fork a supervisor for each request until the program that asks is gone."""
     # So that no supervisor has to import them.
-    import imgrun.launch
-    import imgrun.pmu.counters
-    import imgrun.verdict  # noqa: F401
+    import imgrun.accounting.verdict  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # What is there now is there for good: collecting it would only copy the pages that supervisors share with us.
@@ -243,7 +241,7 @@ def _load(request: dict[str, Any] | None) -> Checkpoint | None:
     """The checkpoint that is asked for; whoever asks has looked whether it can be continued."""
     if request is None:
         return None
-    from imgrun import manifest, preflight
+    from imgrun.checkpoints import manifest, preflight
 
     return preflight.changed(
         manifest.load(request["path"])._replace(archive=request["archive"]), image=request["image"],

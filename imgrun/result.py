@@ -52,7 +52,7 @@ class Usage:
     """What they are of: cgroup or inherited, with ``user`` for user space only, ``scaled`` for extrapolated counts, and
     ``partial`` when some were counted in a part of the job's lives only."""
     samples: dict[str, Any] | None = None
-    """What ``--sample`` kept (imgrun.sampling)."""
+    """What ``--sample`` kept (imgrun.accounting.sampling)."""
     source: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from imgrun.relay import Pump, Relay, Terminal, set_nonblocking
 from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:
-    from imgrun.manifest import Checkpoint
-    from imgrun.verdict import Verdict
+    from imgrun.accounting.verdict import Verdict
+    from imgrun.checkpoints.manifest import Checkpoint
 
 
 class Stdio:
@@ -64,7 +64,7 @@ class Streams:
     @staticmethod
     def _continued_input(checkpoint: Checkpoint, given: int) -> int:
         """What the job reads after what was saved for it: as given, or nothing more, or none at all as before."""
-        from imgrun.continuing import has_more_input, reads_pipe
+        from imgrun.checkpoints.continuing import has_more_input, reads_pipe
 
         if given >= 0 and has_more_input(checkpoint, given):
             return given
@@ -72,7 +72,7 @@ class Streams:
 
     def feed_saved_input(self, checkpoint: Checkpoint) -> None:
         """What the job had not read yet comes before what it is given now."""
-        from imgrun.continuing import saved_input
+        from imgrun.checkpoints.continuing import saved_input
 
         for pump in self.relay.inputs:
             pump.give(saved_input(checkpoint))

@@ -29,11 +29,11 @@ from imgrun.storage.trees import remove_tree
 from imgrun.streams import Stdio, Streams, close_all
 
 if TYPE_CHECKING:
-    from imgrun.freezing import Freezing
+    from imgrun.accounting.holding import Hold
+    from imgrun.checkpoints.freezing import Freezing
+    from imgrun.checkpoints.manifest import Checkpoint
+    from imgrun.checkpoints.subject import How
     from imgrun.helper import Helper
-    from imgrun.holding import Hold
-    from imgrun.manifest import Checkpoint
-    from imgrun.subject import How
 
 FORWARDED = tuple(
     s for s in (
@@ -412,7 +412,7 @@ class Supervisor:
                 timeout = message.get("timeout")
                 self.stop("stopped", int(signum), self.spec.stop_timeout if timeout is None else float(timeout))
             case "checkpoint":
-                from imgrun.subject import How
+                from imgrun.checkpoints.subject import How
 
                 self.freeze(str(message["to"]), How.asked(message, fds), asker)
                 return None
@@ -428,7 +428,7 @@ class Supervisor:
 
     def freeze(self, target: str, how: How, asker: Channel | None) -> None:
         """Begin a checkpoint; the loop goes on, and learns of its end."""
-        from imgrun.freezing import Freezing
+        from imgrun.checkpoints.freezing import Freezing
 
         launch = self._launch
         assert launch is not None
@@ -451,7 +451,7 @@ class Supervisor:
 
     def _freeze(self, *, leave_running: bool) -> None:
         """Begin a checkpoint that nobody waits for, to where the spec says."""
-        from imgrun.subject import How
+        from imgrun.checkpoints.subject import How
 
         assert self.spec.checkpoint_dir is not None
         self.freeze(self.spec.checkpoint_dir, How(leave_running=leave_running), None)

@@ -15,15 +15,15 @@ def check(what: str, as_json: bool) -> NoReturn:
 
     One line for each requirement: ok, warning or refused. The exit status is 0, or 1 when something is refused.
     """
-    from imgrun import manifest
-    from imgrun.preflight import findings
-    from imgrun.unpacking import is_archive, opened
+    from imgrun.checkpoints import manifest
+    from imgrun.checkpoints.preflight import findings
+    from imgrun.checkpoints.unpacking import is_archive, opened
 
     if "/" in what or manifest.exists(what) or is_archive(what):
         with opened(what) as checkpoint:
             found = findings(checkpoint)
     else:
-        from imgrun.audit import audit
+        from imgrun.checkpoints.audit import audit
         from imgrun.job import Job
 
         found = audit(Job.find(what))

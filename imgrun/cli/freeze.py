@@ -99,9 +99,9 @@ def restore(
     """
     from contextlib import ExitStack
 
-    from imgrun import preflight
+    from imgrun.checkpoints import preflight
+    from imgrun.checkpoints.unpacking import opened
     from imgrun.cli.start import check_result_file, run_foreground
-    from imgrun.unpacking import opened
 
     result_file = check_result_file(flags["result"])
     keep = detach if remove is None else not remove

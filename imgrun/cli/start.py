@@ -14,7 +14,7 @@ from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
 if TYPE_CHECKING:
-    from imgrun.manifest import Checkpoint
+    from imgrun.checkpoints.manifest import Checkpoint
     from imgrun.result import Result
     from imgrun.schedulers.htcondor import Site as HTCondorSite
     from imgrun.schedulers.slurm import Site as SlurmSite
@@ -166,10 +166,10 @@ def start(**flags: Any) -> NoReturn:
         raise click.exceptions.Exit(site.run(spec, run_foreground, flags, check_result_file(flags["result"])))
     found = None
     if spec.checkpoint_dir is not None:
-        from imgrun import manifest
+        from imgrun.checkpoints import manifest
 
         if manifest.exists(spec.checkpoint_dir):
-            from imgrun.preflight import as_asked, require
+            from imgrun.checkpoints.preflight import as_asked, require
 
             found = as_asked(manifest.load(spec.checkpoint_dir), spec)
             for warning in require(found):
@@ -266,7 +266,7 @@ def run_foreground(
         if flags["as_json"]:
             print(text, end="")
     if flags.get("classad"):
-        from imgrun.classad import text as as_classad
+        from imgrun.accounting.classad import text as as_classad
 
         write_whole(flags["classad"], as_classad(result))
     if flags["timings"]:

@@ -11,8 +11,9 @@ with the same ``ImgrunCpuFeatures``, and no older ``ImgrunCriuVersion``.
 
 from __future__ import annotations
 
-from imgrun import __version__, identity
-from imgrun.classad import literal
+from imgrun import __version__
+from imgrun.accounting.classad import literal
+from imgrun.checkpoints import identity
 from imgrun.doctor import Check, examine, works
 
 IMAGES = " images"

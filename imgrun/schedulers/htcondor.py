@@ -191,8 +191,8 @@ class Site:
             # Until the supervisor listens, an eviction waits.
             signal.pthread_sigmask(signal.SIG_BLOCK, spec.checkpoint_signal or ())
             if os.path.exists(self.target) and os.path.getsize(self.target):
-                from imgrun.manifest import load
-                from imgrun.preflight import as_asked, require
+                from imgrun.checkpoints.manifest import load
+                from imgrun.checkpoints.preflight import as_asked, require
 
                 files.unpack(self.target, self.checkpoint, self.sandbox)
                 self._remove_made()
@@ -235,7 +235,7 @@ class Site:
             result.warnings = (*result.warnings, e.message)
         ad = chirp.of_result(result)
         if result.reason == "checkpointed":
-            from imgrun.identity import processor
+            from imgrun.checkpoints.identity import processor
 
             # For requirements: where the checkpoint can be continued.
             ad["ImgrunCpuFeatures"] = ",".join(processor()["features"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from imgrun.classad import attributes, literal
+from imgrun.accounting.classad import attributes, literal
 from imgrun.result import Result
 
 PREFIX = "Chirp"

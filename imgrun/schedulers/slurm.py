@@ -24,7 +24,7 @@ from imgrun.schedulers import slurm_control as control
 from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:
-    from imgrun.manifest import Checkpoint
+    from imgrun.checkpoints.manifest import Checkpoint
     from imgrun.result import Result
 
 DIRECTORY = "imgrun-checkpoints"
@@ -155,11 +155,11 @@ class Site:
     def _earlier_life(self, spec: JobSpec) -> Checkpoint | None:
         if spec.checkpoint_dir is None:
             return None
-        from imgrun import manifest
+        from imgrun.checkpoints import manifest
 
         if not manifest.exists(spec.checkpoint_dir):
             return None
-        from imgrun.preflight import as_asked, require
+        from imgrun.checkpoints.preflight import as_asked, require
 
         saved = manifest.load(spec.checkpoint_dir)
         if saved.spec.command != spec.command:
@@ -226,6 +226,6 @@ def _unfreezable(spec: JobSpec) -> str | None:
         return "it cannot be frozen with a terminal"
     if spec.seccomp != "off":
         return "it cannot be frozen with --seccomp"
-    from imgrun.identity import criu_version
+    from imgrun.checkpoints.identity import criu_version
 
     return None if criu_version() is not None else "CRIU is not installed (pip install imgrun-criu)"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from command import Done, eventually, expect, refused
 
-from imgrun import Job, launcher, manifest
+from imgrun import Job, launcher
+from imgrun.checkpoints import manifest
 
 from .conftest import Rig
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command import eventually, kill, refused
 
-from imgrun import manifest
+from imgrun.checkpoints import manifest
 
 from .conftest import Rig
 

@@ -12,7 +12,7 @@ import pytest
 from command import eventually, expect, kill, refused
 
 from images import Images
-from imgrun import manifest
+from imgrun.checkpoints import manifest
 
 from .conftest import Rig
 

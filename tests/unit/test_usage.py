@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgrun.accounting.sampling import COLUMNS, Series
 from imgrun.cli import stats
 from imgrun.result import Usage
-from imgrun.sampling import COLUMNS, Series
 
 
 def test_sums_go_on_and_peaks_stay() -> None:

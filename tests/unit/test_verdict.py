@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgrun import verdict
+from imgrun.accounting import verdict
+from imgrun.accounting.verdict import KernelLog, MemoryWatch, Process, next_size
 from imgrun.isolation.cgroups import fs, oom
 from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.isolation.cgroups.oom import Culprit, Levels
 from imgrun.isolation.cgroups.v1 import V1Directory
 from imgrun.isolation.cgroups.v2 import V2Directory
 from imgrun.units import format_size, parse_size
-from imgrun.verdict import KernelLog, MemoryWatch, Process, next_size
 
 MIB = 1 << 20
 

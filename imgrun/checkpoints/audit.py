@@ -12,11 +12,11 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from imgrun.checkpoints.criu_rpc import GHOST_LIMIT
+from imgrun.checkpoints.preflight import Finding, Level
 from imgrun.criu import first_pid
-from imgrun.criu_rpc import GHOST_LIMIT
 from imgrun.isolation.processes import children_of, members
 from imgrun.job import Job
-from imgrun.preflight import Finding, Level
 
 OWN_NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")

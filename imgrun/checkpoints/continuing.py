@@ -10,12 +10,13 @@ import stat
 import tarfile
 from typing import Any
 
-from imgrun import criu, criu_rpc, init_shim
-from imgrun.captured import copy_tree, directory_mount, no_name_service, toolbox_mount
+from imgrun import criu, init_shim
+from imgrun.checkpoints import criu_rpc
+from imgrun.checkpoints.captured import copy_tree, directory_mount, no_name_service, toolbox_mount
+from imgrun.checkpoints.manifest import IMAGE, SHIM, Checkpoint
 from imgrun.errors import CheckpointError, RestoreError
 from imgrun.helper import Helper
 from imgrun.isolation import namespaces
-from imgrun.manifest import IMAGE, SHIM, Checkpoint
 from imgrun.storage.scratch import Scratch
 from imgrun.storage.trees import remove_tree
 

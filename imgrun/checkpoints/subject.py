@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from imgrun import archive
+from imgrun.checkpoints import archive
+from imgrun.checkpoints.manifest import MANIFEST
 from imgrun.errors import CheckpointError
-from imgrun.manifest import MANIFEST
 from imgrun.spec import JobSpec
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Literal, NamedTuple
 
-from imgrun import identity
+from imgrun.checkpoints import identity
+from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, size_of
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.init_shim import PROTOCOL
-from imgrun.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, size_of
 from imgrun.spec import JobSpec, parse_bind
 
 Level = Literal["ok", "warning", "refused"]

@@ -14,9 +14,9 @@ from imgrun.errors import HostError, LimitError
 from imgrun.state import JobDir
 
 if TYPE_CHECKING:
+    from imgrun.accounting.verdict import Verdict
     from imgrun.isolation.cgroups.cgroup import JobCgroup
     from imgrun.isolation.cgroups.limits import Limits
-    from imgrun.verdict import Verdict
 
 
 class Hold:

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from imgrun.checkpoints.criu_log import explain
 from imgrun.criu import FETCH, IMAGES, REAPER, Session, Site
-from imgrun.criu_log import explain
 from imgrun.errors import CheckpointError, RestoreError
 
 CPU_FEATURES = 1 | 4

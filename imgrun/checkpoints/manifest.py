@@ -3,7 +3,7 @@
     DIR/manifest.json   what it is a checkpoint of, and what it needs; written last
     DIR/processes/      CRIU's images, and a tar of each memory file system the job could write to; pre-N/ of earlier rounds
     DIR/files/          the job's writable files: upper, tmp, var-tmp; or scratch.img of a sized scratch
-    DIR/files.list      all of these, with sizes and hashes (imgrun.digests)
+    DIR/files.list      all of these, with sizes and hashes (imgrun.checkpoints.digests)
     DIR/shim            the program of the job's first two processes
     DIR/stdin           input that the job had been given and not yet read
     DIR/image.img       a --writable image, where it was to be captured
@@ -22,7 +22,7 @@ import re
 import stat
 from typing import Any, NamedTuple
 
-from imgrun.digests import difference, digests, lines
+from imgrun.checkpoints.digests import difference, digests, lines
 from imgrun.errors import ImgrunError, RestoreError
 from imgrun.spec import JobSpec
 

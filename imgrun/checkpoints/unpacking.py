@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from imgrun.apart import apart
+from imgrun.checkpoints.manifest import DIRECTORY, LARGEST_MANIFEST, MANIFEST, SINGLE, Checkpoint, load, size_of
 from imgrun.errors import ImgrunError, NoSpace, RestoreError
-from imgrun.manifest import DIRECTORY, LARGEST_MANIFEST, MANIFEST, SINGLE, Checkpoint, load, size_of
 from imgrun.state import StateRoot
 from imgrun.storage.trees import remove_tree
 
@@ -144,7 +144,7 @@ def _unpack(source: int, archive: str, directory: str) -> None:
     reader: IO[bytes]
     process = None
     if os.pread(source, 4, 0) == ZSTD_MAGIC:
-        from imgrun.archive import zstd
+        from imgrun.checkpoints.archive import zstd
 
         words = [zstd(), "--decompress", "--quiet", "--stdout"]
         process = subprocess.Popen(

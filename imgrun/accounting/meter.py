@@ -13,10 +13,10 @@ from imgrun.spec import JobSpec
 if TYPE_CHECKING:
     import resource
 
+    from imgrun.accounting.sampling import Series
+    from imgrun.accounting.verdict import MemoryWatch, Verdict
     from imgrun.isolation.cgroups.usage import CgroupUsage
     from imgrun.pmu.counters import Counters
-    from imgrun.sampling import Series
-    from imgrun.verdict import MemoryWatch, Verdict
 
 LEVELS = ("memory_current", "swap_current", "pids_current")
 """What is of a moment and so not in the record of a finished job."""
@@ -43,7 +43,7 @@ class Meter:
 
         Raises HostError for ``--pmu require``.
         """
-        from imgrun.verdict import MemoryWatch
+        from imgrun.accounting.verdict import MemoryWatch
 
         self._init = pid
         self.memory = MemoryWatch(self._cgroup, pid)
@@ -76,7 +76,7 @@ class Meter:
     def count_restored(self) -> None:
         """The job's processes came from a checkpoint, and not from its PID 1: count them where that is by process."""
         if self._counters is not None and self._counters.scope == "inherited":
-            from imgrun.by_process import tasks_below
+            from imgrun.accounting.by_process import tasks_below
 
             self._counters.add_tasks(tasks_below(self._init))
 
@@ -107,7 +107,7 @@ class Meter:
         usage, measured = self._measured()
         levels = {name: getattr(measured, name) for name in LEVELS}
         if usage.user_seconds is None and self._init:
-            from imgrun.by_process import measure
+            from imgrun.accounting.by_process import measure
 
             found = measure(self._init)
             if found is not None:
@@ -154,7 +154,7 @@ class Meter:
     def start_sampling(self, moment: float) -> None:
         """Keep a time series, if the spec asks for one; the first point is due at ``moment``."""
         if self.spec.sample is not None:
-            from imgrun.sampling import Series
+            from imgrun.accounting.sampling import Series
 
             earlier = self._earlier.get("samples") if self._earlier is not None else None
             self._series = Series(self.spec.sample, earlier if isinstance(earlier, dict) else None)

@@ -9,9 +9,9 @@ from typing import Any
 from imgrun import checkpoint, errors
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
+from imgrun.checkpoints.subject import How, Subject, building_archive, building_place
 from imgrun.errors import CheckpointError, ImgrunError
 from imgrun.storage.trees import remove_tree
-from imgrun.subject import How, Subject, building_archive, building_place
 
 
 class Freezing:

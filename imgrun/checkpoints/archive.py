@@ -3,7 +3,7 @@
     manifest.json files.list shim stdin processes/... files/...
 
 The manifest comes first: whoever unpacks it knows what is to come. tar(1) of GNU reads it, extended attributes and holes
-included (``tar --xattrs --xattrs-include='*'``). Reading it is imgrun.unpacking.
+included (``tar --xattrs --xattrs-include='*'``). Reading it is imgrun.checkpoints.unpacking.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import subprocess
 import tarfile
 from typing import NamedTuple
 
-from imgrun.digests import Entry, open_inside, walk
+from imgrun.checkpoints.digests import Entry, open_inside, walk
+from imgrun.checkpoints.manifest import MANIFEST, PARTS, list_files
 from imgrun.errors import CheckpointError, HostError
 from imgrun.helper import find_program
-from imgrun.manifest import MANIFEST, PARTS, list_files
 
 BLOCK = 512
 COPY = 1 << 20

@@ -1,0 +1,1 @@
+"""What a job uses, and which limit it ran into."""
