@@ -65,6 +65,11 @@ def save(subject: Subject, target: str, how: How) -> Saved:
             _replace(building, target)
         complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
+    except CheckpointError as e:
+        # CRIU's log, which would say so, has no space either.
+        if _is_full(building):
+            raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
+        raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
@@ -76,6 +81,14 @@ def save(subject: Subject, target: str, how: How) -> Saved:
             with contextlib.suppress(OSError):
                 os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
         remove_tree(building)
+
+
+def _is_full(directory: str) -> bool:
+    try:
+        disk = os.statvfs(directory)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < 1 << 16
 
 
 class _Saving:

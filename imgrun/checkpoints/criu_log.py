@@ -32,6 +32,8 @@ def explain(log: str, said: str = "") -> str:
             errors = [line.rstrip() for line in f if "Error" in line or "Err " in line]
     except OSError:
         return said or "it left no log"
+    if any(word in said for word in HARMLESS):
+        said = ""
     errors = [line for line in errors if not any(word in line for word in HARMLESS)]
     for mark, meaning in KNOWN:
         for line in errors:

@@ -249,8 +249,9 @@ def test_usage_and_the_time_limit_go_on(rig: Rig) -> None:
 def test_stopped_processes_zombies_and_orphans(rig: Rig) -> None:
     script = """
         (sleep 1000 > /dev/null & echo orphan $! ) | cat
-        sleep 1001 & kill -STOP $!; stopped=$!
-        sh -c 'sleep 0 & exec sleep 1002' & sleep 0.3
+        is_sleep() { until grep -q '^sleep' /proc/$1/comm; do sleep 0.01; done; }
+        sleep 1001 & stopped=$!; is_sleep $stopped; kill -STOP $stopped
+        sh -c 'sleep 0 & exec sleep 1002' & is_sleep $!; sleep 0.3
         trap 'echo usr1' USR1; echo ready; read go
         grep -l 'State:.T' /proc/[0-9]*/status; grep -l 'State:.Z' /proc/[0-9]*/status | wc -l
         kill -CONT $stopped; kill -USR1 $$; cat /proc/[0-9]*/comm | grep -c '^sleep'

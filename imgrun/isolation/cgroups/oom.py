@@ -44,6 +44,8 @@ class Levels:
         is_root = directory.version == 1 and os.path.exists(f"{top}/release_agent")
         if not is_root and os.path.exists(f"{top}/{self._limit_file}"):
             self._above.insert(0, top)
+        self._blind = not is_root
+        """Whether there are cgroups above that cannot be watched."""
         self._fired: Culprit | None = None
         self._events: dict[str, int] = {}
         self._counts: dict[str, int] = {}
@@ -52,7 +54,7 @@ class Levels:
                 try:
                     self._events[path] = v1.V1Directory(path, directory.controllers).open_memory_events()
                 except OSError:  # not ours to watch
-                    continue
+                    self._blind = True
             else:
                 self._counts[path] = self._times_out(path)
 
@@ -81,13 +83,13 @@ class Levels:
                 continue
         if fired:
             self._fired = Culprit("above", fired[0], self._limit(fired[0]))
-        elif not self._own_was_full():
+        elif self._blind and not self._own_was_full():
             self._fired = self._tightest_above()
         else:
             self._fired = Culprit("job", self._own.path, self._limit(self._own.path))
 
     def _own_was_full(self) -> bool:
-        """Whether the job has ever met its own limit. With v1 not all cgroups above may be watched, but this can be read."""
+        """Whether the job has ever met its own limit, which can be read where others cannot be watched."""
         limit = self._limit(self._own.path)
         peak = fs.number(f"{self._own.path}/memory.max_usage_in_bytes") or 0
         # That of memory and swap together counts too.
