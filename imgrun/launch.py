@@ -206,9 +206,12 @@ class Launch:
     def _hold_ids(self) -> None:
         if self.spec.userns == "off" or self.rootless:
             return
-        held: HeldMap = userns.hold_range(wanted=self._earlier_range())
+        earlier = self._earlier_range()
+        held: HeldMap = userns.hold_range(wanted=earlier)
         self._undo.append(held.close)
         self._ids = held.ids
+        if earlier and held.ids.outside_uid(0) != earlier:
+            self.warnings.append("the job has other ids than when it was frozen: its files in bind mounts are not its own now")
 
     def _earlier_range(self) -> int | None:
         """Where the ids began that the job had before it was frozen."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from imgrun.errors import HostError, ImgrunError
@@ -101,23 +102,28 @@ def _slots() -> tuple[Sequence[int], Literal["subuid", "default"]]:
 
 
 class HeldMap:
-    """A map that no other live job has, while ``fd`` is open."""
+    """A map that no other live job has, while ``fd``, on the file ``path``, is locked."""
 
-    def __init__(self, ids: IdMap, fd: int) -> None:
+    def __init__(self, ids: IdMap, fd: int, path: str) -> None:
         self.ids = ids
         self._fd = fd
+        self._path = path
 
     def close(self) -> None:
         if self._fd >= 0:
+            try:
+                os.unlink(self._path)  # while it is locked: whoever locks it now sees that it has no name any more
+            except FileNotFoundError:
+                pass  # somebody has emptied /run
             os.close(self._fd)
             self._fd = -1
 
 
 def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None) -> HeldMap:
-    """Take the first range of 65536 ids that no other live job on this host has, and hold it by a lock in ``directory``.
+    """Take a range of 65536 ids that no other live job on this host has, and hold it by a lock in ``directory``.
 
-    The range that starts at ``wanted`` comes before the first: a job that is continued owns files in it, in mounts that
-    show the host's owners.
+    It begins at ``wanted`` if that can be had: a job that is continued owns files in its range, in mounts that show the
+    host's owners. For the same reason the others are taken at random, so that what a frozen job had is likely still free.
 
     Two jobs that share host ids could reach each other where only ids are compared (keyrings, abstract sockets' peers,
     per-user limits), so each has its own. Raises HostError when all are taken.
@@ -125,15 +131,21 @@ def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None)
     starts, source = _slots()
     if starts:
         os.makedirs(directory, mode=0o700, exist_ok=True)
-        for start in sorted(starts, key=lambda start: (start != wanted, start)):
-            fd = os.open(f"{directory}/{start}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        first = int.from_bytes(os.urandom(4), "little") % len(starts)
+        preferred = (wanted,) if wanted is not None and wanted in starts else ()
+        for start in chain(preferred, starts[first:], starts[:first]):
+            path = f"{directory}/{start}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
                 continue
+            if not os.fstat(fd).st_nlink:  # its holder ended between our two steps
+                os.close(fd)
+                continue
             ranges = (IdRange(0, start, RANGE),)
-            return HeldMap(IdMap(ranges, ranges), fd)
+            return HeldMap(IdMap(ranges, ranges), fd, path)
     where = f"/etc/subuid and /etc/subgid for '{SUBID_USER}'" if source == "subuid" else "imgrun's own region"
     raise HostError(
         f"no free range of {RANGE} ids for the job's user namespace in {where}",

@@ -1,0 +1,44 @@
+"""Ranges of ids: each job has its own, and one that is continued finds its old one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from imgrun.isolation.userns import HeldMap, hold_range
+
+
+def start_of(held: HeldMap) -> int:
+    return held.ids.uids[0].outside
+
+
+def test_no_two_have_the_same(tmp_path: Path) -> None:
+    directory = str(tmp_path / "ids")
+    held = [hold_range(directory) for _ in range(50)]
+    assert len({start_of(one) for one in held}) == 50
+    for one in held:
+        one.close()
+    assert os.listdir(directory) == []
+
+
+def test_the_wanted_one_unless_another_has_it(tmp_path: Path) -> None:
+    first = hold_range(str(tmp_path))
+    wanted = start_of(first)
+    second = hold_range(str(tmp_path), wanted=wanted)
+    assert start_of(second) != wanted
+    first.close()
+    third = hold_range(str(tmp_path), wanted=wanted)
+    assert start_of(third) == wanted
+    second.close()
+    third.close()
+
+
+def test_new_jobs_leave_what_a_frozen_one_had(tmp_path: Path) -> None:
+    frozen = hold_range(str(tmp_path))
+    wanted = start_of(frozen)
+    frozen.close()
+    others = [hold_range(str(tmp_path)) for _ in range(3)]
+    again = hold_range(str(tmp_path), wanted=wanted)
+    assert start_of(again) == wanted
+    for one in (*others, again):
+        one.close()
