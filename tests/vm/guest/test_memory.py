@@ -37,9 +37,12 @@ def rounds_and_lazily(imgrun: Imgrun, room: Path, rounds: str) -> None:
         Path("/proc/sys/vm/unprivileged_userfaultfd").write_text("0\n")
 
 
-@pytest.mark.parametrize("rounds", ["2", "auto"])
-def test_as_root(root: Imgrun, room: Path, rounds: str) -> None:
-    rounds_and_lazily(root, room, rounds)
+def test_as_root_after_two_rounds(root: Imgrun, room: Path) -> None:
+    rounds_and_lazily(root, room, "2")
+
+
+def test_as_root_after_as_many_as_help(root: Imgrun, room: Path) -> None:
+    rounds_and_lazily(root, room, "auto")
 
 
 def test_as_an_ordinary_user(user: Imgrun, room: Path) -> None:
