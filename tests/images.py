@@ -6,6 +6,7 @@ the test is going to change.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from command import COMMAND
 
 KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "squashfs", "erofs")
 WRITABLE_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
@@ -23,6 +25,8 @@ TOOLS = {
     "ext2": "mke2fs", "ext3": "mke2fs", "ext4": "mke2fs", "xfs": "mkfs.xfs", "btrfs": "mkfs.btrfs",
     "squashfs": "mksquashfs", "erofs": "mkfs.erofs",
 }  # fmt: skip
+TOP = Path(__file__).parents[1]
+CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev")
 SIZES = {"ext2": 32 << 20, "ext3": 32 << 20, "ext4": 32 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
 APPLETS = ("sh", "cat", "chmod", "chown", "cp", "dd", "df", "echo", "env", "false", "find", "grep", "head", "hostname", "id",
            "ip", "kill", "ln", "ls", "md5sum", "mkdir", "mkfifo", "mknod", "mount", "mv", "nproc", "ps", "pwd", "readlink",
@@ -292,3 +296,20 @@ def _xfs_prototype(tree: Path) -> str:
     add(tree, 1)
     lines.append("$")
     return "\n".join(lines) + "\n"
+
+
+def programs(directory: Path) -> Path:
+    """The image of images/numpy.toml in a directory: made once for all sessions, and anew when the recipe changes."""
+    recipe = TOP / "images/numpy.toml"
+    path = CACHE / f"images/numpy-{hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]}.squashfs"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another session may be making it
+        if not path.exists():
+            words = [*COMMAND, "image", "build", recipe, path, "--format", "squashfs", "--size", "auto"]
+            subprocess.run(words, check=True, env={**os.environ, "IMGRUN_CACHE": str(CACHE)})
+    target = directory / "numpy.squashfs"
+    if not target.exists():
+        subprocess.run(["cp", "--reflink=auto", path, target], check=True)
+        target.chmod(0o644)
+    return target

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from command import COMMAND, eventually
+from command import eventually
+
+from images import programs
 
 from .conftest import Rig
 
 ROUNDS = 3
-CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev")
 
 NUMPY = """
 import numpy, hashlib, threading
@@ -142,18 +140,8 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def image(base: Path) -> Path:
-    """The image of images/numpy.toml, made once for all sessions, and anew when the recipe changes."""
-    recipe = Path(__file__).parents[2] / "images/numpy.toml"
-    path = CACHE / f"images/numpy-{hashlib.sha256(recipe.read_bytes()).hexdigest()[:12]}.squashfs"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        words = [*COMMAND, "image", "build", str(recipe), str(path), "--format", "squashfs", "--size", "auto"]
-        subprocess.run(words, check=True, env={**os.environ, "IMGRUN_CACHE": str(CACHE)})
-    # Where an ordinary user can read it.
-    target = base / "numpy.squashfs"
-    if not target.exists():
-        subprocess.run(["cp", "--reflink=auto", path, target], check=True)
-    return target
+    """Where an ordinary user can read it."""
+    return programs(base)
 
 
 @pytest.mark.timeout(300)

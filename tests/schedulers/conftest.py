@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import COMMAND
 from ordinary import AsUser, Users, World
 from rootless.conftest import leaks, nothing_left, state_dir, users, world
 
-from images import Images
+from images import Images, programs
 
 __all__ = ["leaks", "nothing_left", "state_dir", "users", "world"]
 
 REASON = "" if os.geteuid() == 0 else "needs root, to start a scheduler's daemons and become an ordinary user"
-CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev")
-TOP = Path(__file__).parents[2]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -48,16 +44,8 @@ def images(base: Path) -> Images:
 
 @pytest.fixture(scope="session")
 def image(base: Path) -> Path:
-    """The image of images/numpy.toml, made once for all sessions, where an ordinary user can read it."""
-    path = CACHE / "images/numpy.squashfs"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        words = [*COMMAND, "image", "build", f"{TOP}/images/numpy.toml", str(path), "--format", "squashfs", "--size", "auto"]
-        subprocess.run(words, check=True, env={**os.environ, "IMGRUN_CACHE": str(CACHE)})
-    target = base / "numpy.squashfs"
-    subprocess.run(["cp", "--reflink=auto", path, target], check=True)
-    target.chmod(0o644)
-    return target
+    """Where an ordinary user can read it."""
+    return programs(base)
 
 
 @pytest.fixture
