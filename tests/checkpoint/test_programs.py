@@ -144,7 +144,7 @@ def image(base: Path) -> Path:
     return programs(base)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)  # the first of them makes the image
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_program_ends_with_the_right_answer(rig: Rig, name: str) -> None:
     script, answer = PROGRAMS[name]

@@ -16,7 +16,7 @@ from images import Images
 
 from .htcondor_pool import CHECKOUT, COMPLETED, HELD, MEMORY, Job, Pool, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 EXAMPLES = CHECKOUT / "examples/htcondor"
 IMGRUN = f"{CHECKOUT}/.venv/bin/imgrun"

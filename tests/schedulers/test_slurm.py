@@ -20,7 +20,7 @@ from . import slurm_cluster
 from .slurm_cluster import Cluster
 
 EXAMPLES = Path(__file__).parents[2] / "examples/slurm"
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 MATRIX = """
 import hashlib, os, time
