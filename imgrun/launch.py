@@ -377,7 +377,7 @@ class Launch:
     # -- limits of the running job -------------------------------------------------------------------------------------
 
     def hold_when_full(self) -> Hold | None:
-        """For ``--oom hold``, from now on: not while it starts, where nobody could tell why it waits."""
+        """For ``--oom hold``, from now on."""
         if self.spec.oom != "hold":
             return None
         from imgrun.accounting.holding import Hold

@@ -124,10 +124,7 @@ class JobSpec:
 
     def limits(self) -> Limits:
         """The part of the spec that cgroups enforce."""
-        return Limits(
-            memory=self.memory, swap=self.swap, cpus=self.cpus, cpu_weight=self.cpu_weight, cpuset=self.cpuset,
-            pids=self.pids, io_weight=self.io_weight, io_max=self.io_max,
-        )  # fmt: skip
+        return Limits(**{name: getattr(self, name) for name in Limits._fields})
 
     def with_changes(self, **changes: Any) -> JobSpec:
         """A copy with some fields changed, checked anew."""

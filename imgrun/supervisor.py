@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from imgrun import errors
 from imgrun.channel import Channel
+from imgrun.checkpoints.freezer import Freezer
 from imgrun.control import Control
 from imgrun.ending import Ending, exit_of
-from imgrun.errors import CheckpointError, HostError, ImgrunError, StartError
+from imgrun.errors import HostError, ImgrunError, StartError
 from imgrun.init_shim import Exited, Record, Signaled, StatusReader, StepFailed
 from imgrun.launch import Launch
 from imgrun.result import Reason, Result
@@ -30,9 +31,8 @@ from imgrun.streams import Stdio, Streams, close_all
 
 if TYPE_CHECKING:
     from imgrun.accounting.holding import Hold
-    from imgrun.checkpoints.freezing import Freezing
     from imgrun.checkpoints.manifest import Checkpoint
-    from imgrun.checkpoints.subject import How
+    from imgrun.checkpoints.subject import Subject
     from imgrun.helper import Helper
 
 FORWARDED = tuple(
@@ -69,19 +69,21 @@ class Supervisor:
         self._reason: Reason | None = None
         self._deadline: float | None = None
         self._kill_at: float | None = None
-        self._freeze_at: float | None = None
-        self._frozen_to: str | None = None
-        self._end_frozen = False
-        self._running = False
+        self.running = False
         self._launch: Launch | None = None
-        self._freezing: Freezing | None = None
+        self._freezer = Freezer(job, spec, self, stop_when_due=stop_at_checkpoint)
         self._checkpoint = checkpoint
-        self._stop_at_checkpoint = stop_at_checkpoint
         self.told: set[str] = set()
         """Warnings that have been said already."""
         self._hold: Hold | None = None
         self._sent: set[int] = set()
         """The signals that somebody has asked us to send."""
+
+    @property
+    def launch(self) -> Launch:
+        """What the job holds of the host, once it has been begun."""
+        assert self._launch is not None
+        return self._launch
 
     # -- the whole life -----------------------------------------------------------------------------------------------
 
@@ -140,17 +142,17 @@ class Supervisor:
             try:
                 undo()
             except (ImgrunError, OSError) as e:
-                self._note(f"clean-up: {e}")
+                self.note(f"clean-up: {e}")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         if self._launch is not None:
             self._launch.warnings.append(text)
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         """Note it, and say it at once where the job's errors go: nobody asked for it, and its end may be far. Once each."""
         if text in self.told:
             return
-        self._note(text)
+        self.note(text)
         if self.streams.say(f"imgrun: warning: {text}\n".encode()):
             self.told.add(text)
 
@@ -182,15 +184,14 @@ class Supervisor:
                 self.streams.feed_saved_input(self._checkpoint)
                 launch.continue_from(stdio)
                 launch.meter.count_restored()
-            self._hold = launch.hold_when_full()
+                self._hold = launch.hold_when_full()
         finally:
             close_all(stdio)
         self._began = time.monotonic() - launch.earlier_seconds
         self._started_at = now()
         if self.spec.time_limit is not None:
             self._deadline = self._began + self.spec.time_limit
-        if self.spec.checkpoint_every is not None:
-            self._freeze_at = time.monotonic() + self.spec.checkpoint_every
+        self._freezer.start_clock(time.monotonic())
         launch.meter.start_sampling(time.monotonic())
         self._record_state("running")
         if self._on_started is not None:
@@ -205,12 +206,16 @@ class Supervisor:
                 raise kind(message["message"], message["hint"])
             if "spent" in message:
                 launch.meter.note_setup(message["spent"][0], message["spent"][1])
+                if self._checkpoint is None:
+                    self._hold = launch.hold_when_full()
                 launch.channel.send({"run": True})
             if "terminal" in message:
                 self.streams.adopt_terminal(fds[0])
         launch.mark("namespaces and mounts")
         self._status = status
         self._reader = StatusReader("init" if self.spec.init == "shim" else "exec")
+        if self._hold is not None:
+            self._hold.wait_for_start(status)
         record = self._next_record()
         if record is None:
             raise StartError("the job's init died before it could start the command", "look for a kill from outside")
@@ -232,8 +237,7 @@ class Supervisor:
         return self._records.pop(0) if self._records else None
 
     def _record_state(self, state: str) -> None:
-        launch = self._launch
-        assert launch is not None
+        launch = self.launch
         self.job.write(
             "state.json",
             {
@@ -252,23 +256,22 @@ class Supervisor:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        launch = self._launch
-        assert launch is not None
+        launch = self.launch
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
         memory = launch.meter.memory.source() if launch.meter.memory else None
         servers = {os.pidfd_open(helper.pid): helper for helper in launch.servers}
         for pidfd in servers:
             self._later(partial(os.close, pidfd))
-        self._running = True
-        while self._running or self.streams.relay.outputs_open() or self._freezing is not None:
+        self.running = True
+        while self.running or self.streams.relay.outputs_open() or self._freezer.under_way:
             poll = select.poll()
-            waiting = self.streams.relay.register(poll, inputs=self._freezing is None)
+            waiting = self.streams.relay.register(poll, inputs=self._freezer.under_way is None)
             handlers = {fd: pump.move for fd, pump in waiting.items()}
             watched: list[tuple[int, Callable[[], None]]] = [(self._wake, self._forward_signals)]
-            if self._freezing is not None:
-                watched.append((self._freezing.fileno(), self._frozen))
-            if self._running:
+            if self._freezer.under_way is not None:
+                watched.append((self._freezer.under_way.fileno(), self._freezer.finish))
+            if self.running:
                 watched.append((ended, self._reap))
                 watched += self._control.handlers()
                 watched += [(fd, partial(self._server_ended, servers, fd)) for fd in servers]
@@ -278,18 +281,16 @@ class Supervisor:
             for fd, handler in watched:
                 poll.register(fd, select.POLLIN)
                 handlers[fd] = handler
-            for fd, _ in poll.poll(self._patience() if self._running else None):
+            for fd, _ in poll.poll(self._patience() if self.running else None):
                 handlers[fd]()
-            if self._running:
+            if self.running:
                 self._keep_time()
 
     def _reap(self) -> None:
-        launch = self._launch
-        assert launch is not None
-        self._running = False
+        self.running = False
         self._ended = time.monotonic()
-        _, self._wait_status, self._reaped = os.wait4(launch.pid, 0)
-        launch.pid = 0
+        _, self._wait_status, self._reaped = os.wait4(self.launch.pid, 0)
+        self.launch.pid = 0
         self.streams.relay.stop_input()
 
     def _server_ended(self, servers: dict[int, Helper], fd: int) -> None:
@@ -297,49 +298,32 @@ class Supervisor:
             self._end("lost")
 
     def _memory_event(self) -> None:
-        launch = self._launch
-        assert launch is not None
-        watch = launch.meter.memory
+        watch = self.launch.meter.memory
         assert watch is not None
         watch.note_event()
         self._see_to_memory(time.monotonic())
 
     def _see_to_memory(self, moment: float) -> None:
         """After an event: the job as a whole ends with what the kernel killed of it, or waits with what waits for memory."""
-        launch = self._launch
-        assert launch is not None
-        watch = launch.meter.memory
+        watch = self.launch.meter.memory
         if watch is None or watch.due is None or moment < watch.due:
             return
         if watch.check(moment):
             self._end("memory-limit")
-        elif self._hold is not None and self._freezing is None and watch.at_own_limit() and self._hold.is_due():
-            usage = launch.meter.so_far(moment - self._began)
+        elif self._hold is not None and self._freezer.under_way is None and watch.at_own_limit() and self._hold.is_due():
+            usage = self.launch.meter.so_far(moment - self._began)
             self._hold.begin(watch.held_verdict(self.spec.memory, usage.memory_peak, self.job.id))
             self.streams.tell(self._hold.held)
 
     def _keep_samples(self, moment: float) -> None:
-        launch = self._launch
-        assert launch is not None
-        if launch.meter.sample_due is not None and moment >= launch.meter.sample_due:
-            launch.meter.sample(moment, moment - self._began)
-
-    def _freeze_when_due(self, moment: float) -> None:
-        """The checkpoints of ``--checkpoint-every``: the newest good one stays until the next is complete."""
-        if self._freeze_at is None or moment < self._freeze_at or self._freezing is not None:
-            return
-        assert self.spec.checkpoint_every is not None
-        assert self.spec.checkpoint_dir is not None
-        self._freeze_at = moment + self.spec.checkpoint_every
-        self._freeze(leave_running=not self._stop_at_checkpoint)
+        if self.launch.meter.sample_due is not None and moment >= self.launch.meter.sample_due:
+            self.launch.meter.sample(moment, moment - self._began)
 
     def _patience(self) -> float | None:
         """Milliseconds until the next thing that time decides."""
-        due = None if self._freezing is not None else self._freeze_at
-        launch = self._launch
-        assert launch is not None
-        meter = launch.meter
-        times = (self._deadline, self._kill_at, due, meter.sample_due, meter.memory.due if meter.memory else None)
+        meter = self.launch.meter
+        memory_due = meter.memory.due if meter.memory else None
+        times = (self._deadline, self._kill_at, self._freezer.due, meter.sample_due, memory_due)
         next_at = min((t for t in times if t is not None), default=None)
         return None if next_at is None else max(0.0, (next_at - time.monotonic()) * 1000 + 1)
 
@@ -353,12 +337,10 @@ class Supervisor:
             self._send(signal.SIGKILL)
         self._see_to_memory(moment)
         self._keep_samples(moment)
-        self._freeze_when_due(moment)
+        self._freezer.freeze_when_due(moment)
 
     def _stop_signal(self) -> int:
-        launch = self._launch
-        assert launch is not None
-        return launch.init_stop_signal or self.spec.stop_signal
+        return self.launch.init_stop_signal or self.spec.stop_signal
 
     def stop(self, reason: Reason, signum: int, timeout: float) -> None:
         """End the job: first by ``signum``, after ``timeout`` seconds by SIGKILL."""
@@ -391,11 +373,11 @@ class Supervisor:
         for signum in received:
             if signum == signal.SIGWINCH:
                 self.streams.resize()
-            elif not self._running:
+            elif not self.running:
                 if signum in (signal.SIGINT, signal.SIGTERM):
                     self.streams.relay.close()  # the job has ended; only a reader that does not read keeps us
             elif signum in (self.spec.checkpoint_signal or ()):
-                self._freeze_and_end()
+                self._freezer.freeze_and_end()
             else:
                 if signum == signal.SIGCONT:
                     self.streams.resume()
@@ -414,7 +396,7 @@ class Supervisor:
             case "checkpoint":
                 from imgrun.checkpoints.subject import How
 
-                self.freeze(str(message["to"]), How.asked(message, fds), asker)
+                self._freezer.begin(str(message["to"]), How.asked(message, fds), asker)
                 return None
             case "stats":
                 launch = self._launch
@@ -426,68 +408,12 @@ class Supervisor:
                 return {"error": f"unknown request {other!r}"}
         return {"ok": True}
 
-    def freeze(self, target: str, how: How, asker: Channel | None) -> None:
-        """Begin a checkpoint; the loop goes on, and learns of its end."""
-        from imgrun.checkpoints.freezing import Freezing
-
-        launch = self._launch
-        assert launch is not None
-        try:
-            if self._freezing is not None:
-                raise CheckpointError(f"job {self.job.id} is being checkpointed already", "wait for that to end")
-            launch.check_freezable()
-            subject = launch.subject(self._began, self.streams.source(), self.streams.unsent())
-        except ImgrunError as e:
-            if asker is not None:
-                asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
-            else:
-                self._tell(f"no checkpoint: {e.message}")
-            return
-        if self._hold is not None:
-            self._hold.give_room(self.spec.limits())
-        self._freezing = Freezing(subject, target, how, asker)
-        # For whoever cleans up, if this process is killed.
-        self.job.write("state.json", self.job.read("state.json") | {"building": self._freezing.building})
-
-    def _freeze(self, *, leave_running: bool) -> None:
-        """Begin a checkpoint that nobody waits for, to where the spec says."""
-        from imgrun.checkpoints.subject import How
-
-        assert self.spec.checkpoint_dir is not None
-        self.freeze(self.spec.checkpoint_dir, How(leave_running=leave_running), None)
-
-    def _freeze_and_end(self) -> None:
-        """What a checkpoint signal asks for. Schedulers send it more than once, and whatever is being done."""
-        if self._freezing is None and self.spec.checkpoint_dir is not None:
-            self._end_frozen = False
-            self._freeze(leave_running=False)
-        elif self._freezing is not None and self._freezing.leave_running:
-            self._end_frozen = True  # once that is done
-
-    def _frozen(self) -> None:
-        freezing, self._freezing = self._freezing, None
-        assert freezing is not None
-        error = freezing.finish()
-        if self._hold is not None and self._reason is None and (error is not None or freezing.leave_running):
-            self._hold.take_back(self.spec.limits())
-        for warning in freezing.warnings:
-            self._note(warning)
-        if error is not None:
-            (self._note if freezing.asker else self._tell)(f"checkpoint failed: {error.message}")
-        elif not freezing.leave_running:
-            self._reason = "checkpointed"
-            self._frozen_to = freezing.target
-        if self._end_frozen and self._running:
-            self._freeze_and_end()
-
     def _update(self, changes: dict[str, Any]) -> list[str]:
         """Change the limits of the running job; one that is held goes on when it gets more memory. Returns caveats."""
-        launch = self._launch
-        assert launch is not None
         spec = self.spec.with_changes(**changes)
-        notes = launch.change_limits(spec)
+        notes = self.launch.change_limits(spec)
         more = (spec.memory or 0) > (self.spec.memory or 0) or spec.memory is None
-        self.spec = launch.spec = launch.meter.spec = spec
+        self.spec = self.launch.spec = self.launch.meter.spec = spec
         self.job.write("spec.json", spec.to_dict())
         if "time_limit" in changes:
             self._deadline = None if spec.time_limit is None else self._began + spec.time_limit
@@ -498,30 +424,41 @@ class Supervisor:
         return notes
 
     def _signal(self, signum: int) -> None:
-        launch = self._launch
-        assert launch is not None
-        if signum == signal.SIGSTOP and (command := launch.command_pid()):
+        if signum == signal.SIGSTOP and (command := self.launch.command_pid()):
             self._sent.add(signum)
             os.kill(command, signum)  # an init cannot pass on what it cannot catch
         else:
             self._send(signum)
 
+    # -- what the freezer needs of us ---------------------------------------------------------------------------------
+
+    def subject(self) -> Subject:
+        self.launch.check_freezable()
+        return self.launch.subject(self._began, self.streams.source(), self.streams.unsent())
+
+    def make_room(self) -> None:
+        if self._hold is not None:
+            self._hold.give_room(self.spec.limits())
+
+    def take_room_back(self) -> None:
+        if self._hold is not None and self._reason is None:
+            self._hold.take_back(self.spec.limits())
+
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def _result(self) -> Result:
-        launch = self._launch
-        assert launch is not None
         for failure in self.streams.failures():
-            self._note(failure)
+            self.note(failure)
         last: Record | None = None
         while (record := self._next_record()) is not None:
             last = record
         end = exit_of(last, self._wait_status, self.spec.init)
-        usage = launch.meter.total(self._ended - self._began, self._reaped)
-        usage.scratch_bytes = launch.scratch.used()
+        usage = self.launch.meter.total(self._ended - self._began, self._reaped)
+        usage.scratch_bytes = self.launch.scratch.used()
         if self.spec.init == "shim" and not isinstance(last, Exited | Signaled):
             end = end._replace(reported=False)
-        return self._ending().ended(self._reason, end, usage, self._frozen_to, self._sent)
+        decided = self._reason if self._freezer.frozen_to is None else "checkpointed"
+        return self._ending().ended(decided, end, usage, self._freezer.frozen_to, self._sent)
 
     def _ending(self) -> Ending:
         return Ending(self.job, self.spec, self._launch, self._started_at)

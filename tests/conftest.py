@@ -49,6 +49,24 @@ def _reason(longrepr: object) -> object:
     return longrepr[2] if isinstance(longrepr, tuple) else longrepr
 
 
+# -- who must run them --------------------------------------------------------------------------------------------------
+
+OF_ROOT = {
+    "checkpoint": "needs root, to be root and to become an ordinary user",
+    "rootless": "needs root, to become an ordinary user",
+    "schedulers": "needs root, to start a scheduler's daemons and become an ordinary user",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        for part in OF_ROOT.keys() & set(item.path.parts):
+            item.add_marker(pytest.mark.skip(reason=OF_ROOT[part]))
+
+
 # -- what is left behind -----------------------------------------------------------------------------------------------
 
 

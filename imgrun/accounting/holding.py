@@ -8,6 +8,7 @@ lot at once may still reach the limit and be killed.
 
 from __future__ import annotations
 
+import select
 from typing import TYPE_CHECKING
 
 from imgrun.errors import HostError, LimitError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from imgrun.accounting.verdict import Verdict
     from imgrun.isolation.cgroups.cgroup import JobCgroup
     from imgrun.isolation.cgroups.limits import Limits
+
+PATIENCE = 1
+"""Seconds that a job may want memory while it starts."""
 
 
 class Hold:
@@ -33,6 +37,17 @@ class Hold:
     def is_due(self) -> bool:
         """Whether the job waits for memory at its own limit, and is not held yet."""
         return self.held is None and self._cgroup.is_full()
+
+    def wait_for_start(self, status: int) -> None:
+        """Return when the shim's report can be read.
+
+        A job that has not even the memory to start is killed for that after a while: nobody could tell why it waits.
+        """
+        poll = select.poll()
+        poll.register(status, select.POLLIN)
+        while not poll.poll(PATIENCE * 1000):
+            if self._cgroup.is_full():
+                self._cgroup.kill_when_full()
 
     def begin(self, verdict: Verdict) -> None:
         self.held = verdict

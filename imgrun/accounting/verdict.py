@@ -21,7 +21,7 @@ LARGEST = 3
 """How many processes are named."""
 LOOKED_AT = 2000
 LOOKING = 0.02
-"""Seconds that looking at the processes may take: the job shall be killed promptly."""
+"""Processor seconds that looking at the processes may take: the job shall be killed promptly."""
 AGAIN = 0.5
 """Seconds before they are looked at again, where events come often."""
 WAIT_FIRST, WAIT_MOST, WAIT_ALL = 0.001, 0.05, 5.0
@@ -207,7 +207,7 @@ def next_size(size: int) -> str:
 
 def largest(pids: set[int]) -> list[Process]:
     """The largest of these processes, by resident memory (proc(5), statm)."""
-    deadline = time.monotonic() + LOOKING
+    deadline = time.thread_time() + LOOKING
     sizes = []
     for pid in list(pids)[:LOOKED_AT]:
         try:
@@ -220,7 +220,7 @@ def largest(pids: set[int]) -> list[Process]:
             pass
         finally:
             os.close(fd)
-        if time.monotonic() > deadline:
+        if time.thread_time() > deadline:
             break
     found = []
     for memory, pid in sorted(sizes, reverse=True)[: LARGEST + 2]:

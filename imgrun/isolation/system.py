@@ -229,43 +229,46 @@ class EtcFile(Operation):
             os.close(fd)
 
 
-class Hide(Operation):
-    """Cover a path: a file by /dev/null, a directory by an empty read-only tmpfs."""
+class Cover(Operation):
+    """Attach a read-only mount over a path, when that is there."""
+
+    verb = ""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def describe(self) -> str:
-        return f"hide {self.path}"
+        return self.verb.format(self.path)
+
+    def cover(self, target: int) -> int:
+        """The mount that is to lie over it."""
+        raise NotImplementedError
 
     def execute(self, ctx: Context) -> None:
         try:
             target = sc.openat2(self.path, os.O_PATH, ctx.root, resolve=BESIDE)
         except FileNotFoundError:
             return
-        mount = tmpfs(4096, 0o555) if is_directory(target) else sc.open_tree("/dev/null", sc.OPEN_TREE_CLONE)
-        sc.mount_setattr(mount, set=sc.MOUNT_ATTR_RDONLY)
-        sc.move_mount(mount, "", target)
-        os.close(mount)
-        os.close(target)
-
-
-class Protect(Operation):
-    """Make a path read-only by a mount of itself over itself."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def describe(self) -> str:
-        return f"make {self.path} read-only"
-
-    def execute(self, ctx: Context) -> None:
-        try:
-            target = sc.openat2(self.path, os.O_PATH, ctx.root, resolve=BESIDE)
-        except FileNotFoundError:
-            return
-        mount = sc.clone_mount(target, recursive=True)
+        mount = self.cover(target)
         sc.mount_setattr(mount, set=sc.MOUNT_ATTR_RDONLY, recursive=True)
         sc.move_mount(mount, "", target)
         os.close(mount)
         os.close(target)
+
+
+class Hide(Cover):
+    """Cover a path: a file by /dev/null, a directory by an empty read-only tmpfs."""
+
+    verb = "hide {}"
+
+    def cover(self, target: int) -> int:
+        return tmpfs(4096, 0o555) if is_directory(target) else sc.open_tree("/dev/null", sc.OPEN_TREE_CLONE)
+
+
+class Protect(Cover):
+    """Make a path read-only by a mount of itself over itself."""
+
+    verb = "make {} read-only"
+
+    def cover(self, target: int) -> int:
+        return sc.clone_mount(target, recursive=True)

@@ -16,16 +16,6 @@ from ordinary import AsUser, UserLeaks, Users, World
 
 from images import Images
 
-REASON = "" if os.geteuid() == 0 else "needs root, to be root and to become an ordinary user"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if REASON:
-        for item in items:
-            if "checkpoint" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=REASON))
-
 
 class AsRoot(Imgrun):
     """Runs imgrun as root, with a state directory below ``directory``."""

@@ -15,16 +15,6 @@ from ordinary import AsUser, User, UserLeaks, Users, World
 
 from images import Images, sha256
 
-REASON = "" if os.geteuid() == 0 else "needs root, to become an ordinary user"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if REASON:
-        for item in items:
-            if "rootless" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=REASON))
-
 
 @pytest.fixture(scope="session")
 def users() -> Iterator[Users]:

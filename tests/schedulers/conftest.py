@@ -15,16 +15,6 @@ from images import Images, programs
 
 __all__ = ["leaks", "nothing_left", "state_dir", "users", "world"]
 
-REASON = "" if os.geteuid() == 0 else "needs root, to start a scheduler's daemons and become an ordinary user"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if REASON:
-        for item in items:
-            if "schedulers" in item.path.parts:
-                item.add_marker(pytest.mark.skip(reason=REASON))
-
 
 @pytest.fixture(scope="session")
 def base(users: Users) -> Iterator[Path]:

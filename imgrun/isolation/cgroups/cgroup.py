@@ -151,6 +151,24 @@ class JobCgroup:
             self._clone_fd = os.open(unified.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return self._clone_fd
 
+    def enter_beside(self, pid: int) -> bool:
+        """Have ``clone_into`` be the v2 cgroup that this process of the job's is in, below the job's. Whether it is.
+
+        A cgroup whose controllers are handed out further takes no processes (cgroups(7), no internal processes): EBUSY.
+        """
+        unified = self._unified()
+        lines = (fs.text(f"/proc/{pid}/cgroup") or "").splitlines()
+        own = next((line for line in lines if line.startswith("0::")), "")
+        if unified is None or not (below := own.partition(f"/{os.path.basename(unified.path)}/")[2]):
+            return False
+        try:
+            fd = os.open(f"{unified.path}/{below}", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # the process has gone, and its cgroup with it
+            return False
+        self.close()
+        self._clone_fd = fd
+        return True
+
     def stir(self) -> bool:
         """Have the kernel give the v2 cgroup its place in perf_event_open(2), which below a new root it has not (ENOENT).
 
@@ -259,6 +277,12 @@ class JobCgroup:
         if directory is None:
             raise LimitError("--oom hold needs a memory limit, and there is none here", "see `imgrun doctor`")
         directory.hold_when_full()
+
+    def kill_when_full(self) -> None:
+        """Take :meth:`hold_when_full` back: the kernel kills at the limit again, also who waits there now."""
+        directory = self._with("memory")
+        if directory is not None:
+            directory.kill_when_full()
 
     def is_full(self) -> bool:
         """Whether the job waits at its own memory limit, and there is nothing that could be taken back from it."""

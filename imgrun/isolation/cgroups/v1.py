@@ -283,6 +283,9 @@ class V1Directory:
     def hold_when_full(self) -> None:
         lim.put(self.path, "memory.oom_control", "1", "--oom hold")
 
+    def kill_when_full(self) -> None:
+        lim.put(self.path, "memory.oom_control", "0", "--oom kill")
+
     def is_full(self) -> bool:
         return fs.keyed(f"{self.path}/memory.oom_control").get("under_oom") == 1
 

@@ -173,6 +173,9 @@ class V2Directory:
         high = "max" if limit is None else str(limit - max(limit // 16, 1 << 20))
         lim.put(self.path, "memory.high", high, "--oom hold")
 
+    def kill_when_full(self) -> None:
+        lim.put(self.path, "memory.high", "max", "--oom kill")
+
     def is_full(self) -> bool:
         high = fs.number(f"{self.path}/memory.high")
         if high is None:

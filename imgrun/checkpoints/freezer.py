@@ -1,0 +1,120 @@
+"""The checkpoints of a running job: who asks for them, one at a time, and what follows from how each ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from imgrun.channel import Channel
+from imgrun.errors import CheckpointError, ImgrunError
+from imgrun.spec import JobSpec
+from imgrun.state import JobDir
+
+if TYPE_CHECKING:
+    from imgrun.checkpoints.freezing import Freezing
+    from imgrun.checkpoints.subject import How, Subject
+
+
+class Site(Protocol):
+    """What the freezer needs of whoever owns the job."""
+
+    running: bool
+
+    def subject(self) -> Subject:
+        """The job as it is to be saved now. Raises ImgrunError when it cannot be."""
+
+    def make_room(self) -> None:
+        """A checkpoint begins: what waits for memory must get it."""
+
+    def take_room_back(self) -> None:
+        """It has ended, and the job goes on."""
+
+    def note(self, text: str) -> None:
+        """Keep it for the record."""
+
+    def tell(self, text: str) -> None:
+        """Say it at once as well: nobody has asked for what it is about."""
+
+
+class Freezer:
+    """Makes the checkpoints of one job, each in a process of its own (imgrun.checkpoints.freezing)."""
+
+    def __init__(self, job: JobDir, spec: JobSpec, site: Site, *, stop_when_due: bool) -> None:
+        """``stop_when_due``: the checkpoints of ``checkpoint_every`` end the job, for a scheduler that starts it again."""
+        self.under_way: Freezing | None = None
+        self.frozen_to: str | None = None
+        """Where the checkpoint is that ended the job."""
+        self._job = job
+        self._every = spec.checkpoint_every
+        self._target = spec.checkpoint_dir
+        self._site = site
+        self._stop_when_due = stop_when_due
+        self._next_at: float | None = None
+        self._end_next = False
+
+    def begin(self, target: str, how: How, asker: Channel | None) -> None:
+        """Begin a checkpoint. It has ended when ``under_way`` is readable, and then ``finish`` is to be called."""
+        from imgrun.checkpoints.freezing import Freezing
+
+        try:
+            if self.under_way is not None:
+                raise CheckpointError(f"job {self._job.id} is being checkpointed already", "wait for that to end")
+            subject = self._site.subject()
+        except ImgrunError as e:
+            if asker is not None:
+                asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
+            else:
+                self._site.tell(f"no checkpoint: {e.message}")
+            return
+        self._site.make_room()
+        self.under_way = Freezing(subject, target, how, asker)
+        # For whoever cleans up, if this process is killed.
+        self._job.write("state.json", self._job.read("state.json") | {"building": self.under_way.building})
+
+    def finish(self) -> None:
+        """Take note of how the checkpoint under way went."""
+        freezing, self.under_way = self.under_way, None
+        assert freezing is not None
+        error = freezing.finish()
+        for warning in freezing.warnings:
+            self._site.note(warning)
+        if error is not None:
+            say: Callable[[str], None] = self._site.note if freezing.asker else self._site.tell
+            say(f"checkpoint failed: {error.message}")
+        elif not freezing.leave_running:
+            self.frozen_to = freezing.target
+            return
+        self._site.take_room_back()
+        if self._end_next and self._site.running:
+            self.freeze_and_end()
+
+    def freeze_and_end(self) -> None:
+        """What a checkpoint signal asks for. Schedulers send it more than once, and whatever is being done."""
+        if self.under_way is None:
+            self._end_next = False
+            self._freeze(leave_running=False)
+        elif self.under_way.leave_running:
+            self._end_next = True  # once that is done
+
+    def start_clock(self, moment: float) -> None:
+        """From now on the time of ``checkpoint_every`` runs."""
+        if self._every is not None:
+            self._next_at = moment + self._every
+
+    @property
+    def due(self) -> float | None:
+        """When the next checkpoint is to be made that time asks for; None while one is being made."""
+        return None if self.under_way is not None else self._next_at
+
+    def freeze_when_due(self, moment: float) -> None:
+        """The newest good checkpoint stays until the next is complete."""
+        if self.due is not None and moment >= self.due:
+            self.start_clock(moment)
+            self._freeze(leave_running=not self._stop_when_due)
+
+    def _freeze(self, *, leave_running: bool) -> None:
+        """Begin a checkpoint that nobody waits for, to where the spec says."""
+        from imgrun.checkpoints.subject import How
+
+        if self._target is not None:
+            self.begin(self._target, How(leave_running=leave_running), None)
