@@ -14,14 +14,14 @@ from bench.harness import Outcome, Unavailable
 from bench.place import REPOSITORY, CannotMeasure, Place
 from bench.report import Section, Table
 
-QUESTIONS = ("start", "density", "storage", "sparse", "rootless", "accounting", "checkpoint")
+QUESTIONS = ("start", "density", "storage", "sparse", "rootless", "accounting", "checkpoint", "schedulers")
 OUTPUT = f"{REPOSITORY}/docs/benchmarks.md"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench", description="Measure imgrun against its peers.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"only these: {', '.join(QUESTIONS)}")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, in less than a minute; only printed")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs, in a few minutes; only printed")
     parser.add_argument("--output", metavar="FILE", help="write the report there (default of a full run: docs/benchmarks.md)")
     parser.add_argument("--json", metavar="FILE", help="write every single measurement there")
     given = parser.parse_args()

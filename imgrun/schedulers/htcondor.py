@@ -7,6 +7,7 @@ here at once, or after an eviction in the sandbox of another host. So this modul
 - keeps the checkpoint as the file ``ckpt`` of the sandbox, complete or absent (htcondor_files says why a file);
 - freezes at the signal that HTCondor evicts and holds with (kill_sig), and ends with that code after each periodic checkpoint;
 - sees that whatever transfer_output_files lists is there at an eviction, since a listed file that is missing holds the job;
+- sees that what earlier lives have written looks changed in this one (htcondor_files says why);
 - keeps all of imgrun's own in the sandbox, which the starter removes;
 - shows the job its sandbox at one place, so that a continued job finds it there whatever its path on the host is.
 """
@@ -25,6 +26,7 @@ from imgrun.result import Result
 from imgrun.schedulers import htcondor_chirp as chirp
 from imgrun.schedulers import htcondor_files as files
 from imgrun.schedulers import job_ad
+from imgrun.schedulers.preemption import CARRIED, unfreezable, warn_if_short
 from imgrun.spec import JobSpec, Mount
 from imgrun.storage.trees import remove_tree
 
@@ -35,8 +37,8 @@ OF_HTCONDOR = (OWN, ".docker_sock", ".chirp.config", ".job.ad", ".machine.ad", "
 PLACE = "/srv"
 """Where the job sees its sandbox."""
 PLACE_VARIABLE = "_CONDOR_SCRATCH_DIR"
-RATE = 200 << 20
-"""Bytes of memory that a freeze surely saves in a second."""
+STREAMS = ("_condor_stdout", "_condor_stderr")
+"""The files in the sandbox that are the job's output, unless it is streamed."""
 
 Foreground = Callable[..., int]
 Warn = Callable[[str], None]
@@ -55,6 +57,8 @@ class Site:
         self.own = f"{directory}/{OWN}"
         self.checkpoint = f"{self.own}/checkpoint"
         """Where the job is frozen to and continued from."""
+        self._is_new = not os.path.exists(self.own)
+        """Whether HTCondor has just brought the sandbox, and this is no further life in it after a periodic checkpoint."""
         self._outputs = _list(self.job.text("TransferOutput"))
         os.makedirs(self.own, mode=0o700, exist_ok=True)
         self._began_ns = os.stat(self._touched()).st_ctime_ns
@@ -80,7 +84,10 @@ class Site:
         if asked.tty:
             raise SpecError("a job of HTCondor's has no terminal", "leave --tty out")
         code = self.job.integer("SuccessCheckpointExitCode")
-        if self._carries_checkpoints(code):
+        if why := unfreezable(asked):
+            self.warn(f"an eviction loses what the job has done: {why}")
+            changes |= {"checkpoint_dir": None, "checkpoint_signal": None, "checkpoint_every": None}
+        elif self._carries_checkpoints(code):
             changes["checkpoint_exit_code"] = code
             changes["checkpoint_signal"] = asked.checkpoint_signal or (self._kill_signal(),)
         else:
@@ -168,11 +175,8 @@ class Site:
         """A job that cannot be saved in time has only its periodic checkpoints."""
         limits = (self.job.integer("JobMaxVacateTime"), self.machine.integer("MachineMaxVacateTime"))
         grace = min((seconds for seconds in limits if seconds is not None), default=None)
-        if grace is None or spec.memory is None or spec.checkpoint_signal is None:
-            return
-        if spec.memory > grace * RATE and spec.checkpoint_every is None:
-            self.warn(f"{spec.memory >> 20} MiB may not be saved within the {grace} s that an eviction leaves: "
-                      "periodic checkpoints (--checkpoint-every) would bound what is lost")  # fmt: skip
+        if spec.checkpoint_signal is not None and spec.memory is not None:
+            warn_if_short(spec, spec.memory, grace, CARRIED, "an eviction", self.warn)
 
     # -- the life of the job ------------------------------------------------------------------------------------------
 
@@ -185,6 +189,9 @@ class Site:
         if chirp.available() and not chirp.installed():
             self.warn("the job's ad is not told of its usage: pip install htchirp")
         chirp.update({"ImgrunHoldReason": None})
+        if self._is_new:
+            for name in STREAMS:
+                files.make_newer(f"{self.sandbox}/{name}")
         found = None
         try:
             spec = self.spec(asked)
@@ -194,7 +201,7 @@ class Site:
                 from imgrun.checkpoints.manifest import load
                 from imgrun.checkpoints.preflight import as_asked, require
 
-                files.unpack(self.target, self.checkpoint, self.sandbox)
+                files.unpack(self.target, self.checkpoint, self.sandbox, newer=self._is_new)
                 self._remove_made()
                 saved = load(self.checkpoint)
                 spec = self._in_its_place(spec, saved.spec)
@@ -208,11 +215,11 @@ class Site:
 
     def _in_its_place(self, spec: JobSpec, saved: JobSpec) -> JobSpec:
         """The spec with the sandbox where the job saw it when it was frozen, which may be its path on that host."""
-        place = saved.env.get(PLACE_VARIABLE, PLACE)
-        return spec.with_changes(
-            mounts=tuple(m._replace(dst=place) if m.src == self.sandbox else m for m in spec.mounts),
-            scratch_size=saved.scratch_size,
-        )  # fmt: skip
+        place = saved.env.get(PLACE_VARIABLE)
+        if place is not None:
+            mounts = tuple(m._replace(dst=place) if m.src == self.sandbox else m for m in spec.mounts)
+            spec = spec.with_changes(mounts=mounts, env={**spec.env, PLACE_VARIABLE: place})
+        return spec.with_changes(scratch_size=saved.scratch_size)
 
     def ended(self, result: Result) -> None:
         """Hand the checkpoint over, and tell HTCondor what there is to tell."""

@@ -3,6 +3,10 @@
 HTCondor's file transfer follows links and loses owners, extended attributes and special files; and what a job leaves at an
 eviction it takes back without being told when it is a file, but not when it is a directory. So the checkpoint, and what the
 job has written to its sandbox, becomes an archive of tar's.
+
+In the end the starter sends home what has another time (in seconds) or size than when it brought the sandbox. The shadow is
+to tell it what had changed in earlier lives, but does not after an eviction, when it takes the job's SpooledOutputFiles for a
+list of outputs. So what was written before, and only brought and kept since, has to look newer.
 """
 
 from __future__ import annotations
@@ -41,18 +45,28 @@ def pack(checkpoint: str, target: str, sandbox: str, names: Iterable[str]) -> No
         remove_tree(building)
 
 
-def unpack(source: str, checkpoint: str, sandbox: str) -> None:
-    """Make a checkpoint of an archive, and put the job's files back into the sandbox. Raises RestoreError."""
+def make_newer(path: str) -> None:
+    """Give a file, if there is one, a time that the starter does not know."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9), follow_symlinks=False)
+
+
+def unpack(source: str, checkpoint: str, sandbox: str, *, newer: bool) -> None:
+    """Make a checkpoint of an archive, and put the job's files back into the sandbox; ``newer`` than those that were brought
+    into it. Raises RestoreError."""
     pid = os.fork()
     if pid == 0:
-        _unpack_as_job(source, checkpoint, sandbox)
+        _unpack_as_job(source, checkpoint, sandbox, newer)
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
         raise RestoreError(
             f"the checkpoint {source} could not be unpacked", "see the line above; without it the job starts anew"
         )
 
 
-def _unpack_as_job(source: str, checkpoint: str, sandbox: str) -> None:
+def _unpack_as_job(source: str, checkpoint: str, sandbox: str, newer: bool) -> None:
     """In a process of its own, with the ids that the job had: its files may belong to any of them."""
     from imgrun.cli import report
     from imgrun.isolation import rootless
@@ -66,8 +80,12 @@ def _unpack_as_job(source: str, checkpoint: str, sandbox: str) -> None:
         _tar("--extract", "--same-permissions", "--same-owner", *TAR, f"--file={source}", f"--directory={checkpoint}")
         output = f"{checkpoint}/{OUTPUT}"
         for name in os.listdir(output) if os.path.isdir(output) else ():
-            remove_tree(f"{sandbox}/{name}")
-            os.rename(f"{output}/{name}", f"{sandbox}/{name}")
+            path = f"{sandbox}/{name}"
+            brought = _seconds(path)
+            remove_tree(path)
+            os.rename(f"{output}/{name}", path)
+            if newer and brought == _seconds(path):
+                make_newer(path)
         remove_tree(output)
         status = 0
     except ImgrunError as e:
@@ -76,6 +94,11 @@ def _unpack_as_job(source: str, checkpoint: str, sandbox: str) -> None:
         report(RestoreError(str(e)))
     finally:
         os._exit(status)
+
+
+def _seconds(path: str) -> int | None:
+    """When the file was modified; None when there is none."""
+    return os.lstat(path).st_mtime_ns // 10**9 if os.path.lexists(path) else None
 
 
 def _tar(*words: str) -> None:

@@ -7,7 +7,8 @@ import shlex
 
 from imgrun.errors import SpecError
 from imgrun.schedulers import submission
-from imgrun.schedulers.htcondor import CHECKPOINT, RATE
+from imgrun.schedulers.htcondor import CHECKPOINT
+from imgrun.schedulers.preemption import CARRIED, seconds
 from imgrun.spec import JobSpec
 
 SLACK = 30
@@ -68,7 +69,7 @@ def submit_file(spec: JobSpec, spec_path: str) -> str:
     return SUBMIT_FILE.format(
         spec=spec_path, executable=words[0], arguments=" ".join(map(_argument, words[1:])), directory=directory,
         inputs=", ".join([spec_name, *_beside(spec, directory)]), resources="\n".join(_resources(spec, directory)),
-        checkpoint=CHECKPOINT, code=spec.checkpoint_exit_code, grace=SLACK + (spec.memory or 0) // RATE,
+        checkpoint=CHECKPOINT, code=spec.checkpoint_exit_code, grace=SLACK + seconds(spec.memory or 0, CARRIED),
         name="".join(c if c.isalnum() or c in "_.-" else "_" for c in name),
     )  # fmt: skip
 

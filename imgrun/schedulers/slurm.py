@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.schedulers import slurm_control as control
+from imgrun.schedulers.preemption import SAVED, unfreezable, warn_if_short
 from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 DIRECTORY = "imgrun-checkpoints"
 """Where checkpoints go, below the directory that the job was submitted from."""
 SIGNALS = (int(signal.SIGTERM), int(signal.SIGUSR1))
-RATE = 200 << 20
-"""Bytes of memory that a freeze surely saves in a second."""
 
 Foreground = Callable[..., int]
 Warn = Callable[[str], None]
@@ -80,7 +79,7 @@ class Site:
     def spec(self, asked: JobSpec) -> JobSpec:
         """What is asked for, with what a job of Slurm's needs beside it."""
         changes = self._limits(asked)
-        why = _unfreezable(asked)
+        why = unfreezable(asked)
         if why is not None:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             self.warn(f"a preemption loses what the job has done: {why}")
@@ -125,9 +124,7 @@ class Site:
                       "saved: use a batch script with --signal=B:USR1@60, which is for imgrun alone")  # fmt: skip
         grace = self.grace if self.grace is not None else self._known_grace(config)
         memory = spec.memory or (self._number("SLURM_MEM_PER_NODE") or 0) << 20
-        if grace is not None and memory > grace * RATE and spec.checkpoint_every is None:
-            self.warn(f"{memory >> 20} MiB may not be saved within the {grace:g} s that a preemption leaves: "
-                      "periodic checkpoints (--checkpoint-every) would bound what is lost")  # fmt: skip
+        warn_if_short(spec, memory, grace, SAVED, "a preemption", self.warn)
 
     def _known_grace(self, config: Mapping[str, str]) -> float | None:
         """What Slurm says. A batch script has the partition's grace time only where the site signals it in the beginning."""
@@ -216,16 +213,3 @@ class Site:
 def _shall_go_on(job: Mapping[str, str]) -> bool:
     """Whether the frozen job is one that nobody has cancelled. One that is being ended at its time limit is COMPLETING."""
     return job.get("JobState") == "RUNNING" or (job.get("JobState"), job.get("Reason")) == ("COMPLETING", "TimeLimit")
-
-
-def _unfreezable(spec: JobSpec) -> str | None:
-    """Why such a job cannot be frozen; it then gets its signals itself."""
-    if spec.init != "shim":
-        return f"it cannot be frozen with --init {spec.init}"
-    if spec.tty:
-        return "it cannot be frozen with a terminal"
-    if spec.seccomp != "off":
-        return "it cannot be frozen with --seccomp"
-    from imgrun.checkpoints.identity import criu_version
-
-    return None if criu_version() is not None else "CRIU is not installed (pip install imgrun-criu)"

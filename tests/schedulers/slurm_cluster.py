@@ -13,13 +13,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from command import eventually
-from ordinary import World
+from command import Done, eventually
+from leaks import read
+from ordinary import AsUser, World
 
 CPUS = 12
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
@@ -27,6 +29,8 @@ SEARCH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
 """States of jobs that have ended for good."""
+EXPECTED = ("imgrun: warning: ", "imgrun: frozen to ")
+"""What imgrun may say of a job that goes on."""
 GRACE = 60
 """Seconds between the first signal of a preemption, or of scancel, and the kill: none of the tests waits for their end."""
 
@@ -246,3 +250,61 @@ class Cluster:
                     yield int(path.name)
             except OSError:
                 continue
+
+
+class Submitter:
+    """A user of the cluster, with a directory to submit from."""
+
+    def __init__(self, cluster: Cluster, run: AsUser) -> None:
+        self.cluster = cluster
+        self.run = run
+        self.jobs: list[str] = []
+
+    def directory(self, name: str, **files: str) -> Path:
+        path = self.run.directory / name
+        path.mkdir()
+        for file, content in files.items():
+            (path / f"{file}.py").write_text(content)
+        os.chown(path, self.run.user.uid, self.run.user.gid)
+        return path
+
+    def command(self, directory: Path, *words: str) -> Done:
+        """A command as the user, with Slurm's and imgrun's commands at hand."""
+        environment = {
+            "SLURM_CONF": str(self.cluster.config), "IMAGE": self.run.image,
+            "PATH": f"{os.path.dirname(sys.executable)}:{SEARCH}",
+        }  # fmt: skip
+        process = self.run.program("env", f"--chdir={directory}", *words, env=environment)
+        stdout, stderr = process.communicate(timeout=60)
+        return Done(process.returncode, stdout.decode(), stderr.decode())
+
+    def sbatch(self, directory: Path, *words: str | Path) -> str:
+        done = self.command(directory, "sbatch", "--parsable", *map(str, words))
+        assert done.status == 0, done
+        self.jobs.append(done.stdout.strip())
+        return self.jobs[-1]
+
+    def wrap(self, directory: Path, command: str, *words: str) -> str:
+        """A batch script of one line."""
+        return self.sbatch(directory, *words, "--open-mode=append", "--wrap", command)
+
+    @staticmethod
+    def output(directory: Path, job: str) -> list[str]:
+        return read(directory / f"slurm-{job}.out").splitlines()
+
+    def prints(self, directory: Path, job: str, line: str) -> None:
+        def printed() -> bool:
+            lines = self.output(directory, job)
+            assert not any(one.startswith("imgrun: ") and not one.startswith(EXPECTED) for one in lines), lines
+            return line in lines
+
+        self.cluster.await_that(printed, f"job {job} prints {line!r}")
+
+    def has_no_process(self) -> None:
+        self.cluster.await_that(lambda: not self.run.processes(), "no process of the user's is left")
+
+    def close(self) -> None:
+        for job in self.jobs:
+            self.command(self.run.directory, "scancel", job)
+        for job in self.jobs:
+            self.cluster.await_that(lambda job=job: not self.cluster.command("squeue", "-h", "-j", job), f"{job} is gone")

@@ -13,6 +13,7 @@ from command import eventually
 from ordinary import Users
 
 from images import Images
+from imgrun.schedulers import htcondor_files as files
 
 from .htcondor_pool import CHECKOUT, COMPLETED, HELD, MEMORY, Job, Pool, until
 
@@ -31,6 +32,22 @@ done
 cmp out.dat /root/inside && echo same
 """
 """Counts until it is told to end. Each number is printed, kept in the sandbox and in the image's own root."""
+
+SILENT = """#!/bin/sh
+echo begin
+echo complaint >&2
+echo kept > kept.dat
+n=0
+while [ ! -e go ]; do n=$((n + 1)); echo $n > pulse; sleep 0.05; done
+"""
+"""Says all that it has to say in its first life; ``pulse`` shows that it goes on."""
+
+TOLD = """#!/bin/sh
+trap 'echo told > told.dat; exit 1' TERM
+echo begin
+while [ ! -e go ]; do sleep 0.05; done
+"""
+"""Knows itself what to do when it has to go."""
 
 NUMPY = """
 import hashlib, os, threading, time
@@ -77,7 +94,8 @@ def pool(users: Users) -> Iterator[Pool]:
         os.chmod(top, 0o755)
         base = Path(top) / "pool"
         base.mkdir()
-        pool = Pool(base, users.ranged)
+        # A site that lets jobs set attributes of these names.
+        pool = Pool(base, users.ranged, "\nCHIRP_DELAYED_UPDATE_PREFIX = Chirp*, Site*\n")
         yield pool
         pool.close()
 
@@ -102,6 +120,12 @@ def submit(pool: Pool, image: Path, flags: str = "", script: str = COUNT, **chan
     return pool.submit(pool.directory(image, job_sh=script), EXAMPLES / "job.sub", **given)
 
 
+def contained(pool: Pool, image: Path, script: str) -> Job:
+    """A job whose container is the image; its submit file says nothing of imgrun or checkpoints, submit.conf does."""
+    directory = pool.directory(image, job_sh=script)
+    return pool.submit(directory, EXAMPLES / "container.sub", request_memory="200", request_disk="10M")
+
+
 def progress(job: Job, more: int = 5) -> None:
     """Wait until the job, running, has printed so many more lines than now."""
     until(job.runs, lambda: f"{job.id} runs: {job.why()}")
@@ -109,12 +133,17 @@ def progress(job: Job, more: int = 5) -> None:
     eventually(lambda: len(job.live().splitlines()) >= lines + more, f"{job.id} makes progress")
 
 
-def moves(job: Job, act: str, more: int = 5) -> None:
-    """Evict the job, and wait until it makes progress in another sandbox."""
+def moves(job: Job, act: str) -> None:
+    """Evict the job, and wait until it has another sandbox."""
     before = job.sandbox()
     assert before is not None
     job.act(act)
     until(lambda: job.runs() and job.sandbox() != before, lambda: f"{job.id} runs elsewhere: {job.why()}")
+
+
+def moves_on(job: Job, act: str, more: int = 5) -> None:
+    """Evict the job, and wait until it makes progress in another sandbox."""
+    moves(job, act)
     progress(job, more)
 
 
@@ -130,6 +159,18 @@ def finish(job: Job) -> None:
     assert lines[1:-1] == [str(n + 1) for n in range(count)]
     assert (job.directory / "out.dat").read_text().split() == lines[1:-1]
     assert not (job.directory / "ckpt").exists(), "the checkpoint is no output"
+
+
+def beats(job: Job) -> int:
+    """How often SILENT has gone round."""
+    return int(job.live("pulse").strip() or 0)
+
+
+def goes_on(job: Job) -> None:
+    """Wait until SILENT, which runs nowhere or somewhere, has done something."""
+    until(job.runs, lambda: f"{job.id} runs: {job.why()}")
+    before = eventually(lambda: beats(job), f"{job.id} is there again")
+    eventually(lambda: beats(job) > before + 2, f"{job.id} goes on")
 
 
 def checkpoints(job: Job) -> int:
@@ -154,8 +195,8 @@ def test_periodic_checkpoints(pool: Pool, small: Path) -> None:
 def test_evicted_and_continued_elsewhere(pool: Pool, small: Path) -> None:
     job = submit(pool, small)
     progress(job)
-    moves(job, "condor_vacate_job")
-    moves(job, "condor_vacate_job")
+    moves_on(job, "condor_vacate_job")
+    moves_on(job, "condor_vacate_job")
     finish(job)
     # Its ad, in the history: of all its lives together.
     ad = job.ad()
@@ -167,6 +208,37 @@ def test_evicted_and_continued_elsewhere(pool: Pool, small: Path) -> None:
     assert ad["ChirpMemoryUsagePeak"] > 0
     assert "ChirpRemoteInstructions" in ad, "undefined where there is no counter, but there"
     assert "sse2" in ad["ChirpImgrunCpuFeatures"] or "fp" in ad["ChirpImgrunCpuFeatures"]
+
+
+@pytest.mark.parametrize("form", ["start", "container"])
+def test_what_was_said_before_an_eviction_is_there_in_the_end(pool: Pool, small: Path, form: str) -> None:
+    """HTCondor sends home what has changed in the job's last life; what it has said and written before is not lost."""
+    job = submit(pool, small, script=SILENT) if form == "start" else contained(pool, small, SILENT)
+    for _ in range(2):
+        goes_on(job)
+        moves(job, "condor_vacate_job")
+        eventually(lambda: job.live() == "begin\n", "what was said is brought")
+    goes_on(job)
+    (eventually(job.sandbox) / "go").touch()
+    job.reaches(COMPLETED)
+    assert job.output() == "begin\n"
+    assert job.output("err") == "complaint\n"
+    assert job.output("kept.dat") == "kept\n"
+
+
+def test_files_that_were_put_back_look_newer_than_those_that_were_brought(tmp_path: Path) -> None:
+    """By a second, where they would look the same to HTCondor; and only in a sandbox that was just brought."""
+    for name in ("checkpoint", "first", "second"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "first/kept").write_text("first")
+    os.utime(tmp_path / "first/kept", (100, 100.5))
+    files.pack(f"{tmp_path}/checkpoint", f"{tmp_path}/ckpt", f"{tmp_path}/first", ["kept"])
+    kept = tmp_path / "second/kept"
+    for brought, newer, then in ((100, True, 101.5), (102, True, 100.5), (100, False, 100.5)):
+        kept.write_text("brought")
+        os.utime(kept, (brought, brought))
+        files.unpack(f"{tmp_path}/ckpt", f"{tmp_path}/checkpoint", f"{tmp_path}/second", newer=newer)
+        assert (kept.read_text(), kept.stat().st_mtime) == ("first", then)
 
 
 def test_held_and_released(pool: Pool, small: Path) -> None:
@@ -188,7 +260,7 @@ def test_an_eviction_that_takes_too_long_costs_what_was_done_since_the_last_chec
     supervisors = eventually(lambda: supervisors_in(job))
     for pid in supervisors:
         os.kill(pid, signal.SIGSTOP)  # it does not get to its freeze, but is killed
-    moves(job, "condor_vacate_job")
+    moves_on(job, "condor_vacate_job")
     finish(job)
     assert "Job was evicted" in job.output("log")
     # What SIGKILL leaves of imgrun's: empty cgroups, which a site takes away with the slot's.
@@ -206,6 +278,15 @@ def supervisors_in(job: Job) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def test_a_job_that_cannot_be_frozen_gets_the_signal_itself(pool: Pool, small: Path) -> None:
+    job = submit(pool, small, "--seccomp default", TOLD)
+    until(lambda: job.live() == "begin\n", lambda: f"{job.id} runs: {job.why()}")
+    assert "an eviction loses what the job has done: it cannot be frozen with --seccomp" in job.live("_condor_stderr")
+    moves(job, "condor_vacate_job")
+    eventually(lambda: job.live("told.dat") == "told\n", "what it wrote at the signal is brought")
+    eventually(lambda: job.live() == "begin\n" * 2, "it starts anew")
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -246,15 +327,29 @@ def test_a_job_that_cannot_start_is_held_and_told_why(pool: Pool, small: Path) -
     assert "job.sh" in job.ad()["HoldReason"]
 
 
+def test_attributes_have_the_names_that_the_site_allows(pool: Pool, small: Path) -> None:
+    """Where it does not, nothing is set, nothing is said, and the job runs all the same."""
+    prefixes = ("Site", "Other")
+    jobs = [
+        submit(pool, small, script="echo done", environment=f'"IMGRUN_CHIRP_PREFIX={prefix}"') for prefix in prefixes
+    ]  # fmt: skip
+    for job in jobs:
+        job.reaches(COMPLETED)
+        assert (job.output(), job.output("err")) == ("done\n", "")
+    allowed, forbidden = (job.ad() for job in jobs)
+    assert allowed["SiteImgrunReason"] == "exited"
+    assert allowed["SiteRemoteWallClockTime"] > 0
+    for name in (*allowed, *forbidden):
+        assert not name.startswith(("ChirpImgrun", "ChirpRemote", "Other"))
+
+
 # -- the site's container runtime --------------------------------------------------------------------------------------
 
 
 def test_a_disk_image_as_a_container(pool: Pool, small: Path) -> None:
-    """The user's submit file says nothing of imgrun or checkpoints; submit.conf does."""
-    directory = pool.directory(small, job_sh=COUNT)
-    job = pool.submit(directory, EXAMPLES / "container.sub", request_memory="200", request_disk="10M")
+    job = contained(pool, small, COUNT)
     progress(job)
-    moves(job, "condor_vacate_job")
+    moves_on(job, "condor_vacate_job")
     finish(job)
 
 
@@ -271,7 +366,7 @@ def test_results_are_those_of_an_undisturbed_run(pool: Pool, image: Path) -> Non
         progress(evicted)
     for _ in range(2):
         for _, evicted in pairs:
-            moves(evicted, "condor_vacate_job", more=0)
+            moves_on(evicted, "condor_vacate_job", more=0)
     for job in (job for pair in pairs for job in pair):
         until(job.runs, lambda job=job: f"{job.id} runs: {job.why()}")
         (eventually(job.sandbox) / "go").touch()
@@ -300,7 +395,7 @@ def test_submitted_from_a_spec(pool: Pool, small: Path) -> None:
     assert "transfer_input_files = job.toml, disk.img\n" in shown
     job = pool.submitted(directory, pool(*words, *transfer))
     progress(job)
-    moves(job, "condor_vacate_job")
+    moves_on(job, "condor_vacate_job")
     sandbox = eventually(job.sandbox)
     (sandbox / "go").touch()
     job.reaches(COMPLETED)

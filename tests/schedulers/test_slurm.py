@@ -7,17 +7,16 @@ and wait at some of them for a file, so that each is still running whenever some
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Done, eventually, expect
+from command import eventually, expect
 from leaks import read
 from ordinary import AsUser, Users, World
 
 from . import slurm_cluster
-from .slurm_cluster import Cluster
+from .slurm_cluster import Cluster, Submitter
 
 EXAMPLES = Path(__file__).parents[2] / "examples/slurm"
 pytestmark = pytest.mark.timeout(900)
@@ -52,7 +51,6 @@ print("result", total.hexdigest())
 """
 
 PASSES = (40, 80, 120)
-EXPECTED = ("imgrun: warning: ", "imgrun: frozen to ")
 
 
 @pytest.fixture(scope="session")
@@ -94,64 +92,6 @@ def cluster(base: Path, users: Users, world: World, slot: Path | None) -> Iterat
 def memory_slot(slot: Path | None) -> None:
     if slot is None:
         pytest.skip("no memory controller of cgroup v1 that could be given to a user")
-
-
-class Submitter:
-    """A user of the cluster, with a directory to submit from."""
-
-    def __init__(self, cluster: Cluster, run: AsUser) -> None:
-        self.cluster = cluster
-        self.run = run
-        self.jobs: list[str] = []
-
-    def directory(self, name: str, **files: str) -> Path:
-        path = self.run.directory / name
-        path.mkdir()
-        for file, content in files.items():
-            (path / f"{file}.py").write_text(content)
-        os.chown(path, self.run.user.uid, self.run.user.gid)
-        return path
-
-    def command(self, directory: Path, *words: str) -> Done:
-        """A command as the user, with Slurm's and imgrun's commands at hand."""
-        environment = {
-            "SLURM_CONF": str(self.cluster.config), "IMAGE": self.run.image,
-            "PATH": f"{os.path.dirname(sys.executable)}:{slurm_cluster.SEARCH}",
-        }  # fmt: skip
-        process = self.run.program("env", f"--chdir={directory}", *words, env=environment)
-        stdout, stderr = process.communicate(timeout=60)
-        return Done(process.returncode, stdout.decode(), stderr.decode())
-
-    def sbatch(self, directory: Path, *words: str | Path) -> str:
-        done = self.command(directory, "sbatch", "--parsable", *map(str, words))
-        assert done.status == 0, done
-        self.jobs.append(done.stdout.strip())
-        return self.jobs[-1]
-
-    def wrap(self, directory: Path, command: str, *words: str) -> str:
-        """A batch script of one line."""
-        return self.sbatch(directory, *words, "--open-mode=append", "--wrap", command)
-
-    @staticmethod
-    def output(directory: Path, job: str) -> list[str]:
-        return read(directory / f"slurm-{job}.out").splitlines()
-
-    def prints(self, directory: Path, job: str, line: str) -> None:
-        def printed() -> bool:
-            lines = self.output(directory, job)
-            assert not any(one.startswith("imgrun: ") and not one.startswith(EXPECTED) for one in lines), lines
-            return line in lines
-
-        self.cluster.await_that(printed, f"job {job} prints {line!r}")
-
-    def has_no_process(self) -> None:
-        self.cluster.await_that(lambda: not self.run.processes(), "no process of the user's is left")
-
-    def close(self) -> None:
-        for job in self.jobs:
-            self.command(self.run.directory, "scancel", job)
-        for job in self.jobs:
-            self.cluster.await_that(lambda job=job: not self.cluster.command("squeue", "-h", "-j", job), f"{job} is gone")
 
 
 @pytest.fixture
@@ -263,29 +203,26 @@ def test_time_limit(submitter: Submitter, cluster: Cluster) -> None:
     assert steps(submitter.output(directory, frozen)) == list(range(1, 131))
 
 
-def test_memory_kill(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
-    """The limit is Slurm's; imgrun keeps it in the cgroup that the site has given to the user, and tells of it."""
+def ends_by_memory(submitter: Submitter, cluster: Cluster, mebibytes: int, allotted: str, told: str) -> str:
+    """See that a job that fills so much memory ends by that, and says this; its record at Slurm."""
     directory = submitter.directory("d")
-    fill = "import sys; a = bytearray(900 << 20); print(len(a))"
-    job = submitter.sbatch(directory, "--mem=100", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
+    fill = f"import sys; a = bytearray({mebibytes} << 20); print(len(a))"
+    job = submitter.sbatch(directory, f"--mem={allotted}", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
     cluster.reaches(job, "FAILED")
     lines = submitter.output(directory, job)
-    assert any(line.startswith("imgrun: the job ran into its memory limit of 100 MiB") for line in lines), lines
-    record = cluster.job(job)
-    assert record["ExitCode"] == "137:0"
-    assert "memory-limit 137" in cluster.command("scontrol", "show", "job", job)
+    assert any(line.startswith(f"imgrun: the job ran into {told}") for line in lines), lines
+    assert cluster.job(job)["ExitCode"] == "137:0"
+    return cluster.command("scontrol", "show", "job", job)
+
+
+def test_memory_kill(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
+    """The limit is Slurm's; imgrun keeps it in the cgroup that the site has given to the user, and tells of it."""
+    assert "memory-limit 137" in ends_by_memory(submitter, cluster, 900, "100", "its memory limit of 100 MiB")
 
 
 def test_memory_kill_by_the_slot(submitter: Submitter, cluster: Cluster, memory_slot: None) -> None:
     """The limit of the cgroup that the job was started in, which the job's own does not reach."""
-    directory = submitter.directory("d")
-    fill = "import sys; a = bytearray(2500 << 20); print(len(a))"
-    job = submitter.sbatch(directory, "--mem=20000", EXAMPLES / "batch.sbatch", "python3", "-c", fill)
-    cluster.reaches(job, "FAILED")
-    lines = submitter.output(directory, job)
-    told = "imgrun: the job ran into the memory limit of 2 GiB of the cgroup above"
-    assert any(line.startswith(told) for line in lines), lines
-    assert cluster.job(job)["ExitCode"] == "137:0"
+    ends_by_memory(submitter, cluster, 2500, "20000", "the memory limit of 2 GiB of the cgroup above")
 
 
 def test_array(submitter: Submitter, cluster: Cluster) -> None:

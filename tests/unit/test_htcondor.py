@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imgrun.errors import SpecError
 from imgrun.schedulers import job_ad, singularity
+from imgrun.schedulers.htcondor import Site
 from imgrun.schedulers.htcondor_submit import submit_file
 from imgrun.spec import JobSpec
 
@@ -71,6 +73,31 @@ def test_the_version_tells_itself_from_singularity(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith("imgrun-singularity version ")
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"memory": "600M"}, ""),
+        ({"memory": "601M"}, "601 MiB may not be saved within the 10 s that an eviction leaves"),
+        ({"memory": "601M", "checkpoint_every": "1h", "checkpoint_dir": "/c"}, ""),
+        ({"memory": "601M", "seccomp": "default"}, "it cannot be frozen with --seccomp"),
+    ],
+)
+def test_what_an_eviction_will_lose_is_told_at_the_start(
+    asked: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".job.ad").write_text(
+        'SuccessCheckpointExitCode = 85\nTransferCheckpoint = "ckpt"\nWhenToTransferOutput = "ON_EXIT_OR_EVICT"\n'
+        "JobMaxVacateTime = 10\n"
+    )
+    monkeypatch.setenv("_CONDOR_JOB_AD", f"{tmp_path}/.job.ad")
+    monkeypatch.delenv("_CONDOR_MACHINE_AD", raising=False)
+    monkeypatch.setattr("imgrun.checkpoints.identity.criu_version", lambda: "4.1")
+    warnings: list[str] = []
+    spec = Site(str(tmp_path), warnings.append).spec(JobSpec(image="/x.img", command=("x",), **asked))
+    assert [told in warning for warning in warnings] == ([True] if told else [])
+    assert (spec.checkpoint_signal is None) == ("seccomp" in asked)
+
+
 def test_a_submit_file_transfers_what_lies_beside_the_spec(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/disk.img").write_bytes(bytes(1 << 20))
@@ -79,7 +106,7 @@ def test_a_submit_file_transfers_what_lies_beside_the_spec(tmp_path: Path) -> No
     for line in (
         "transfer_input_files = job.toml, images/disk.img", "request_memory = 1024", "request_cpus = 2",
         f"initialdir = {tmp_path}", "checkpoint_exit_code = 85", "transfer_checkpoint_files = ckpt", "queue",
-        "output = run_me.$(Cluster).out",
+        "output = run_me.$(Cluster).out", "job_max_vacate_time = 48",
     ):  # fmt: skip
         assert f"\n{line}\n" in text, line
     elsewhere = submit_file(JobSpec(image="/elsewhere/disk.img", command=("x",)), f"{tmp_path}/job.toml")
