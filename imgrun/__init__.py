@@ -11,9 +11,11 @@ Names are imported when they are first used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # what type checkers take for true; importing typing for it would take longer than all of this
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from imgrun.errors import ImgrunError
     from imgrun.job import Job
     from imgrun.result import Result, Usage

@@ -134,6 +134,6 @@ def shortages(spec: JobSpec, launch: Launch, usage: Usage) -> list[str]:
         if spec.scratch_size is not None:
             what, advice = f"scratch of {format_size(spec.scratch_size)}", "give a larger --scratch-size"
         else:
-            what, advice = "disk", f"free some of that with {launch.scratch.path}"
+            what, advice = "disk", f"free some of the one that holds {launch.scratch.path}"
         found.append(f"the job's {what} was full at its end, and writes may have failed: {advice}")
     return found

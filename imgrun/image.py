@@ -199,7 +199,7 @@ def open_image(
 def inspect(path: str, partition: str | None = None) -> dict[str, Any]:
     """A record of all that can be told about an image, and whether it can run here. Unknown is None.
 
-    Looks inside by mounting it read-only where the caller may. Raises ImageMissing; ``reason`` tells what else is wrong.
+    Looks inside by mounting it read-only, as a job would. Raises ImageMissing; ``reason`` tells what else is wrong.
     """
     from imgrun.storage.report import report
 
@@ -235,7 +235,7 @@ def _missing(path: str, e: OSError | ValueError) -> ImageMissing:
         return ImageMissing(f"{path}: there is no such image", "check the path")
     if isinstance(e, PermissionError):
         return ImageMissing(f"{path} may not be read by this user", "ask its owner for read permission")
-    return ImageMissing(f"{path} cannot be opened: {e.strerror if isinstance(e, OSError) else e}")
+    return ImageMissing(f"{path} cannot be opened: {e.strerror if isinstance(e, OSError) else e}", "check the path")
 
 
 def _file_kind(mode: int) -> str:

@@ -164,6 +164,15 @@ def _garbled(line: bytes) -> StartError:
     )
 
 
+def not_executed(e: OSError, doing: str) -> ImgrunError:
+    """What it means that execve(2) of the shim, or a step of ``doing`` before it, failed in the process that becomes it."""
+    import errno
+
+    if e.errno == errno.E2BIG:
+        return CommandNotExecutable("the command's arguments and environment are too long", "pass them in a file")
+    return StartError(f"{doing} failed: {e}", "run again with --debug for the details")
+
+
 def failure(record: StepFailed, command: Sequence[str], *, cwd: str = "/", user: str = "") -> ImgrunError:
     """What ``record`` means for the user who asked for ``command`` in ``cwd`` as ``user``."""
     import errno
@@ -175,9 +184,10 @@ def failure(record: StepFailed, command: Sequence[str], *, cwd: str = "/", user:
         case "exec" if code in _NOT_FOUND:
             if "/" in name:
                 return CommandNotFound(f"no such command in the image: {name}", "check the path inside the image")
-            return CommandNotFound(
-                f"command not found in the image: {name!r}", "give its full path, or set PATH with --env PATH=..."
-            )
+            hint = "give its full path, or set PATH with --env PATH=..."
+            if name.startswith("-"):
+                hint = "what follows the image or job is the command: options of imgrun's stand before it"
+            return CommandNotFound(f"command not found in the image: {name!r}", hint)
         case "exec" if code == "EACCES":
             return CommandNotExecutable(
                 f"permission denied: {name} in the image is not executable",

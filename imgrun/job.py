@@ -105,7 +105,11 @@ class Job:
 
     @property
     def spec(self) -> JobSpec:
-        return JobSpec.from_dict(self._dir.read("spec.json"))
+        """What was asked for. Raises JobStateError when the job's record is gone."""
+        record = self._dir.read("spec.json")
+        if not record:
+            raise self._gone()
+        return JobSpec.from_dict(record)
 
     @property
     def running(self) -> bool:
@@ -158,7 +162,7 @@ class Job:
             collect(self._dir.root)
             result = self.result
         if result is None:
-            raise JobStateError(f"job {self.id} has ended and its record was removed", "start it with --no-rm to keep it")
+            raise self._gone()
         return result
 
     def await_end(self, timeout: float | None = None) -> None:
@@ -190,7 +194,10 @@ class Job:
     def _request(
         self, patience: float | None = PATIENCE, fds: tuple[int, ...] = (), /, **message: Any
     ) -> dict[str, Any]:
-        here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise self._gone() from None
         try:
             channel = connect(f"/proc/self/fd/{here}/control")
         except OSError as e:
@@ -211,6 +218,9 @@ class Job:
         if "error" in answer:
             raise JobStateError(f"job {self.id}: {answer['error']}", "'imgrun inspect' shows its state")
         return answer
+
+    def _gone(self) -> JobStateError:
+        return JobStateError(f"job {self.id} has ended and its record was removed", "start it with --no-rm to keep it")
 
     def signal(self, signum: int) -> None:
         """Send a signal to the job's command. SIGKILL ends the whole job. Raises JobStateError when it does not run."""
@@ -249,8 +259,7 @@ class Job:
         memory is saved before the job is frozen. Returns ``timings`` (step and milliseconds), ``statistics`` (those of the
         manifest) and ``warnings``. Raises CheckpointError when it cannot be done; the job then runs on as before.
         """
-        from imgrun.checkpoints.archive import must_compress
-        from imgrun.checkpoints.subject import How
+        from imgrun.checkpoints.subject import How, must_compress
 
         if (to is None) == (archive is None):
             raise SpecError("a checkpoint goes to a directory or to an archive", "give one of them")

@@ -445,7 +445,7 @@ class Launch:
         try:
             self._fetching, warning = restore(self.checkpoint, self.pid, join, self._cgroup.clone_into, stdio, work)
         except RestoreError as e:
-            raise RestoreError(e.message, self._keep_log(f"{work}/criu.log")) from e
+            raise RestoreError(e.message, e.hint or self._keep_log(f"{work}/criu.log")) from e
         finally:
             for fd in join:
                 os.close(fd)

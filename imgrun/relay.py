@@ -223,6 +223,10 @@ class Relay:
         for pump in self.inputs:
             pump.close()
 
+    def failures(self) -> list[str]:
+        """Why output could not be written, other than that nobody reads it any more."""
+        return [os.strerror(pump.failure) for pump in self.outputs if pump.failure]
+
     def outputs_open(self) -> bool:
         return any(pump.open for pump in self.outputs)
 

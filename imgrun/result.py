@@ -144,12 +144,16 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         record = asdict(self)
         record["exit_status"] = self.exit_status
+        if self.reason != "failed-to-start":
+            record["failure_code"] = None
         record["hold_reason"] = self.hold_reason
         return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Result:
         known = {k: v for k, v in record.items() if k not in ("exit_status", "hold_reason")}
+        if known.get("failure_code") is None:
+            known.pop("failure_code", None)
         known["usage"] = Usage(**known.get("usage", {}))
         for key in ("command", "warnings"):
             known[key] = tuple(known.get(key, ()))

@@ -25,6 +25,7 @@ from imgrun.isolation.cgroups.place import come_near
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
 from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking
+from imgrun.spec import check_workdir, checked_env
 from imgrun.supervisor import FORWARDED
 
 
@@ -58,6 +59,9 @@ def execute(
 
     Raises JobStateError when the job does not run, CommandNotFound and the like as ``start`` does.
     """
+    given = dict(checked_env(env or {}))
+    if workdir is not None:
+        check_workdir(workdir)
     init = job.init_pid()
     descriptors = namespaces.open_all(init)
     spec = job.spec
@@ -82,7 +86,7 @@ def execute(
             command, status_fd=status_write, role="exec", uid=who.uid, gid=who.gid,
             groups=who.groups if may_set_groups else None, cwd=cwd, tty=tty, rlimits=spec.rlimits,
         ),
-        env={**login_environment(who, job.id, tty=tty), **spec.env, **(env or {})}, tty=tty, status=status_write,
+        env={**login_environment(who, job.id, tty=tty), **spec.env, **given}, tty=tty, status=status_write,
         drop_groups=may_set_groups, filter=security.filter_for(seccomp=spec.seccomp, userns=spec.userns, init=spec.init),
     )  # fmt: skip
     pid = _spawn(job, lambda: _enter(entry, ours), cgroup)
@@ -96,13 +100,20 @@ def execute(
 
 def _spawn(job: Job, enter: Callable[[], None], cgroup: JobCgroup) -> int:
     """A process in the job's cgroups that runs ``enter``. From another session of the user's, it gets there by systemd."""
-    for attempt in range(2):
+    divided = near = False
+    while True:
         try:
             return namespaces.spawn(0, enter, cgroup.clone_into)
         except HostError as e:
-            if not isinstance(e.__cause__, PermissionError):
+            why = e.__cause__.errno if isinstance(e.__cause__, OSError) else None
+            if why == errno.EBUSY and not divided:
+                # An init that has handed out controllers below the job's cgroup keeps processes out of its top.
+                divided = cgroup.enter_beside(job.init_pid())
+                if divided:
+                    continue
+            if why not in (errno.EACCES, errno.EPERM):
                 raise JobStateError(f"job {job.id} cannot be entered: {e.message}", "it may just have ended") from e
-        if attempt == 0 and not come_near(cgroup.paths[0]):
+        if near or not (near := come_near(cgroup.paths[0])):
             break
     raise PrivilegeError(
         f"job {job.id} cannot be entered: the kernel lets no process of this session into its cgroup",
@@ -130,11 +141,15 @@ def _enter(entry: Entry, supervisors_end: Channel) -> NoReturn:
     try:
         supervisors_end.close()
         _enter_and_run(entry)
-    except ImgrunError as e:
-        entry.channel.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
-    except OSError as e:
-        entry.channel.send({"error": "StartError", "message": f"entering the job failed: {e}", "hint": None})
+    except (ImgrunError, OSError) as e:
+        _report(entry.channel, e)
     os._exit(125)
+
+
+def _report(channel: Channel, e: ImgrunError | OSError) -> None:
+    if not isinstance(e, ImgrunError):
+        e = init_shim.not_executed(e, "entering the job")
+    channel.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
 
 
 def _enter_and_run(entry: Entry) -> None:
@@ -166,6 +181,8 @@ def _enter_and_run(entry: Entry) -> None:
     if child == 0:
         try:
             _run(entry)
+        except (ImgrunError, OSError) as e:
+            _report(entry.channel, e)
         finally:
             os._exit(125)
     os.close(entry.status)
@@ -243,6 +260,8 @@ def _accompany(
         for fd, source in enumerate(streams[1:], 1):
             relay.outputs.append(Pump(source, own_description(fd, os.O_WRONLY)))
         code = _loop(pid, relay, wake, terminal, master)
+        for why in relay.failures():
+            _warn(f"the command's output could not be written, and the rest is lost: {why}")
         if (failed := _why_not_started(status)) is not None:
             raise init_shim.failure(failed, command, cwd=cwd, user=user)
         return code
@@ -290,6 +309,13 @@ def _loop(pid: int, relay: Relay, wake: int, terminal: Terminal | None, master: 
                     elif running:
                         _pass_on(pid, signum)
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def _warn(text: str) -> None:
+    try:
+        os.write(2, f"imgrun: warning: {text}\n".encode())
+    except OSError:
+        pass  # that may be the output which cannot be written
 
 
 def _undelivered(relay: Relay) -> bool:

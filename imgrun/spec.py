@@ -179,7 +179,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "image": image_path(spec.image),
         "command": command,
-        "env": dict(_checked_env(spec.env)),
+        "env": dict(checked_env(spec.env)),
         "mounts": _checked_mounts(spec.mounts),
         "partition": _partition(spec.partition, "partition"),
     }
@@ -205,6 +205,7 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
     changes["cpus"] = _number(spec.cpus, "cpus", 0.01, 100000.0, float)
     changes["cpu_weight"] = _number(spec.cpu_weight, "cpu-weight", 1, 10000, int)
     changes["io_weight"] = _number(spec.io_weight, "io-weight", 1, 10000, int)
+    changes["checkpoint_exit_code"] = _number(spec.checkpoint_exit_code, "checkpoint-exit-code", 0, 255, int)
     changes["pids"] = _number(spec.pids, "pids", 1, 4 << 20, int)
     changes["cpuset"] = None if spec.cpuset is None else format_cpu_list(parse_cpu_list(str(spec.cpuset), "cpuset"))
     rlimits: Any = spec.rlimits
@@ -213,8 +214,8 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         changes["name"] = _checked_name(spec.name, "name", 64)
     if spec.hostname is not None:
         changes["hostname"] = _checked_name(spec.hostname, "hostname", 63)
-    if spec.workdir is not None and not spec.workdir.startswith("/"):
-        raise SpecError(f"workdir {spec.workdir!r} is not absolute", "give the path inside the image, from /")
+    if spec.workdir is not None:
+        check_workdir(spec.workdir)
     return changes
 
 
@@ -234,10 +235,10 @@ def _number(value: Any, what: str, low: float, high: float, kind: type[int] | ty
     if value is None:
         return None
     try:
-        number = kind(value) if not isinstance(value, bool) else None
+        number = kind(value)
     except (TypeError, ValueError, OverflowError):
         number = None
-    if number is None:
+    if number is None or isinstance(value, bool) or (isinstance(value, float) and number != value):
         raise SpecError(f"{what} is {value!r}", f"give a number from {low:.10g} to {high:.10g}") from None
     if not low <= number <= high:
         raise SpecError(f"{what} is {value!r}", f"give a number from {low:.10g} to {high:.10g}")
@@ -253,7 +254,14 @@ def _checked_name(name: str, what: str, longest: int) -> str:
     return name
 
 
-def _checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+def check_workdir(workdir: str) -> None:
+    """Raises SpecError for what is no place in an image."""
+    if not workdir.startswith("/"):
+        raise SpecError(f"workdir {workdir!r} is not absolute", "give the path inside the image, from /")
+
+
+def checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Names and values as text. Raises SpecError for what no environment can hold."""
     for key, given in env.items():
         value = str(given)
         if not key or "=" in key or "\0" in key or "\0" in value:

@@ -15,7 +15,8 @@ from imgrun.isolation.limits import parse_rlimit
 from imgrun.spec import LIMIT_KEYS, JobSpec, mount_from_dict
 from imgrun.units import parse_size
 
-TEXT = ("image", "name", "hostname", "user", "workdir", "root", "userns", "init", "network", "seccomp", "cpuset", "oom")
+TEXT = ("image", "name", "hostname", "user", "workdir", "root", "userns", "init", "network", "seccomp", "cpuset", "oom",
+        "checkpoint_dir")  # fmt: skip
 
 
 def load(path: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def from_table(data: dict[str, Any], path: str) -> dict[str, Any]:
             several = isinstance(names, list) and key == "checkpoint_signal"
             given[key] = tuple(parse_signal(str(name)) for name in names) if several else parse_signal(str(names))
     if "checkpoint_dir" in given:
-        given["checkpoint_dir"] = _beside(path, str(given["checkpoint_dir"]))
+        given["checkpoint_dir"] = _beside(path, given["checkpoint_dir"])
     if "image" in given:
         # A name of the configuration stays a name; paths are relative to the file.
         beside = _beside(path, given["image"])

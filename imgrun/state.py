@@ -36,7 +36,9 @@ def default_root() -> str:
     if os.geteuid() == 0:
         usual = "/var/lib/imgrun"
     else:
-        home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+        home = os.environ.get("XDG_STATE_HOME", "")
+        if not os.path.isabs(home):  # then it is to be passed over (XDG Base Directory Specification)
+            home = os.path.abspath(os.path.expanduser("~/.local/state"))
         usual = os.path.join(home, "imgrun")
     if _no_upper_layer(usual) and not _no_upper_layer("/var/tmp"):
         return f"/var/tmp/imgrun-{os.geteuid()}"

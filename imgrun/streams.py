@@ -125,8 +125,7 @@ class Streams:
 
     def failures(self) -> list[str]:
         """What went wrong with the output, in sentences."""
-        errors = [pump.failure for pump in self.relay.outputs if pump.failure]
-        return [f"the job's output could not be written, and the rest is lost: {os.strerror(error)}" for error in errors]
+        return [f"the job's output could not be written, and the rest is lost: {why}" for why in self.relay.failures()]
 
     def close(self) -> None:
         """Give the terminal back, and end all flow."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from importlib import import_module
-from typing import Any, NoReturn
 
 # A short life makes little garbage. Collecting it costs time while modules are imported, and would touch, and so copy, the
 # pages that the job's first process shares with us.
 gc.disable()
 
-import click  # noqa: E402
+try:
+    from importlib import import_module
+    from typing import Any, NoReturn
 
-from imgrun.errors import ImgrunError  # noqa: E402
+    import click
+
+    from imgrun.errors import ImgrunError
+except KeyboardInterrupt:
+    raise SystemExit(130) from None  # before main() most of the time is spent here
 
 COMMANDS = {
     "start": ("start", "Run a command inside an image."),
@@ -30,7 +34,7 @@ COMMANDS = {
     "stats": ("stats", "Show what running jobs use, as it goes on."),
     "update": ("update", "Change the limits of a running job."),
     "submit": ("submit", "Submit a spec file to HTCondor or Slurm."),
-    "checkpoint": ("freeze", "Freeze a job to a directory."),
+    "checkpoint": ("freeze", "Freeze a job to a directory or an archive."),
     "restore": ("freeze", "Continue a job from a checkpoint."),
     "check": ("check", "Say whether a checkpoint can be continued, or a job frozen."),
     "image": ("image", "Look at images, and build them."),
@@ -50,6 +54,14 @@ class LazyGroup(click.Group):
         module = import_module(f"imgrun.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command", None) or getattr(module, cmd_name)
         return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            from difflib import get_close_matches
+
+            near = " or ".join(map(repr, get_close_matches(args[0], COMMANDS)))
+            ctx.fail(f"there is no command {args[0]!r}{near and f'; did you mean {near}?'}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -80,52 +92,91 @@ def command_words(words: tuple[str, ...]) -> tuple[str, ...]:
 
 def report(error: ImgrunError) -> None:
     """The one way errors reach people: a line that says what is wrong, and one that says what to do."""
-    print(f"imgrun: {_printable(error.message)}", file=sys.stderr)
+    say(f"imgrun: {printable(error.message)}")
     if error.hint:
-        print(f"  {_printable(error.hint)}", file=sys.stderr)
+        say(f"  {printable(error.hint)}")
 
 
 def warn(text: str) -> None:
     """What people should know of a job that runs all the same."""
-    print(f"imgrun: warning: {_printable(text)}", file=sys.stderr)
+    say(f"imgrun: warning: {printable(text)}")
 
 
-def _printable(text: str) -> str:
+def say(text: str) -> None:
+    """Print to standard error. That nobody can read it is no reason to stop."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass
+
+
+def printable(text: str) -> str:
     """Text that may hold an image's words, on one line and without what a terminal would obey."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
-    _open_missing_stdio()
     status: Any = 0
     try:
+        _open_missing_stdio()
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         status = cli.main(argv, prog_name="imgrun", standalone_mode=False)
+        sys.stdout.flush()
+    except getattr(click.exceptions, "NoArgsIsHelpError", ()) as e:  # click has it from 8.2 on
+        say(e.format_message())
+        status = 125
     except click.ClickException as e:
         # imgrun's own failures are 125, so that they are told from the command's exit codes.
-        where = e.ctx.command_path if isinstance(e, click.UsageError) and e.ctx else "imgrun"
-        report(ImgrunError(e.format_message(), f"see '{where} --help'"))
+        report(ImgrunError(" ".join(e.format_message().split()), f"see '{_where(e, argv)} --help'"))
         status = 125
     except click.exceptions.Exit as e:
         status = e.exit_code
     except (click.Abort, KeyboardInterrupt):
         status = 130
     except ImgrunError as e:
-        if os.environ.get("IMGRUN_DEBUG"):
-            import traceback
-
-            traceback.print_exc()
+        _details()
         report(e)
         status = e.exit_code
     except (BrokenPipeError, SystemExit):  # click makes the latter of the former
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
         status = 141
-    except OSError as e:
-        if os.environ.get("IMGRUN_DEBUG"):
-            raise
-        report(ImgrunError(f"unexpected failure: {e}", "run again with --debug for the details"))
+    except Exception as e:  # noqa: BLE001 - a traceback is for those who ask for one
+        _details()
+        what = e if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
+        report(_surroundings(e) or ImgrunError(f"unexpected failure: {what}", "run again with --debug for the details"))
         status = 125
     _leave(status if isinstance(status, int) else 0)
+
+
+def _details() -> None:
+    """Where the error that is being handled came from, for those who asked to be told."""
+    if os.environ.get("IMGRUN_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+
+
+def _where(error: click.ClickException, argv: list[str] | None) -> str:
+    """The command that was used wrongly. Not every error of click's knows."""
+    if isinstance(error, click.UsageError) and error.ctx:
+        return error.ctx.command_path
+    first = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), "")
+    return f"imgrun {first}" if first in COMMANDS else "imgrun"
+
+
+def _surroundings(error: Exception) -> ImgrunError | None:
+    """What is wrong with what we were given, if it is that."""
+    import errno
+
+    try:
+        os.getcwd()
+    except OSError as e:
+        return ImgrunError(f"the working directory is not to be had: {e.strerror}", "cd to another one")
+    # Where files are written, a full disk is an error of its own.
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+        return ImgrunError(f"standard output cannot be written: {error.strerror}", "free some space, or send it elsewhere")
+    return None
 
 
 def _leave(status: int) -> NoReturn:
@@ -138,6 +189,10 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+MISSING: set[int] = set()
+"""Which of the standard descriptors were closed when we began."""
+
+
 def _open_missing_stdio() -> None:
     """See that descriptors 0 to 2 are open, so that nothing else of ours takes their place."""
     while True:
@@ -145,6 +200,7 @@ def _open_missing_stdio() -> None:
         if fd > 2:
             os.close(fd)
             return
+        MISSING.add(fd)
         os.set_inheritable(fd, True)
         if fd > 0:
             # Python has None for what was closed when it began.

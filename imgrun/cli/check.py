@@ -6,6 +6,8 @@ from typing import NoReturn
 
 import click
 
+from imgrun.cli import printable
+
 
 @click.command("check", short_help="Say whether a checkpoint can be continued, or a job frozen.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is found as JSON.")
@@ -33,9 +35,9 @@ def check(what: str, as_json: bool) -> NoReturn:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         for finding in found:
-            print(finding)
+            print(printable(str(finding)))
             if finding.hint and finding.level != "ok":
-                print(f"{'':23} {finding.hint}")
+                print(f"{'':23} {printable(finding.hint)}")
     raise click.exceptions.Exit(1 if any(finding.level == "refused" for finding in found) else 0)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Literal, NoReturn
 
 import click
 
-from imgrun.cli import warn
+from imgrun.cli import MISSING, warn
+from imgrun.cli.results import own_descriptor
 from imgrun.errors import SpecError
 from imgrun.job import Job
 
@@ -28,10 +30,24 @@ def print_timings(steps: list[list[Any]] | list[tuple[str, float]]) -> None:
         print(f"{milliseconds:10.3f} ms  {step}", file=sys.stderr)
 
 
+def make_checkpoint_directory(path: str) -> None:
+    """Make it: a scheduler may list it as output. Raises what would keep a checkpoint from being made there later."""
+    from imgrun.checkpoints.subject import refuse_unsuitable
+
+    hint = "give a directory in one of yours: --checkpoint-dir DIR"
+    refuse_unsuitable(path)
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise SpecError(f"the checkpoint directory {path} cannot be made: {e.strerror}", hint) from e
+    if not os.access(os.path.dirname(path), os.W_OK):  # it is made beside its name
+        raise SpecError(f"no checkpoint can be made in {os.path.dirname(path)}: no permission", hint)
+
+
 @click.command("checkpoint", short_help="Freeze a job to a directory or an archive.")
 @click.option("--to", "target", metavar="DIR", help="Where to; an older checkpoint there is replaced.")
 @click.option("--archive", metavar="FILE", help="To one file instead; '-' is standard output.")
-@click.option("--compress", is_flag=True, help="By zstd; without it when FILE ends in .zst.")
+@click.option("--compress", is_flag=True, help="Compress it by zstd, as is done anyway when FILE ends in .zst.")
 @click.option("--leave-running", is_flag=True, help="Let the job go on after it.")
 @click.option("--pre-dump", metavar="auto|N", help="Save memory in rounds before, so that it stands still for less time.")
 @click.option("--capture-image", is_flag=True, help="Save the --writable image too.")
@@ -55,10 +71,12 @@ def checkpoint(
         raise SpecError("a checkpoint goes to a directory or to an archive", "give --to DIR or --archive FILE")
     if compress and archive is None:
         raise SpecError("--compress is for archives", "give --archive FILE, or leave it out")
-    if archive == "-" and sys.stdout.isatty():
-        raise SpecError("an archive is not for a terminal", "give --archive FILE, or a pipe")
+    descriptor = None if archive is None else 1 if archive == "-" else own_descriptor(archive)
+    if descriptor == 1 and (sys.stdout.isatty() or 1 in MISSING):
+        where = "closed" if 1 in MISSING else "a terminal"
+        raise SpecError(f"standard output is {where}, and no place for an archive", "give --archive FILE, or a pipe")
     done = Job.find(job).checkpoint(
-        target, stop=not leave_running, archive=1 if archive == "-" else archive, compress=compress,
+        target, stop=not leave_running, archive=archive if descriptor is None else descriptor, compress=compress,
         capture_image=capture_image, pre_dump=parse_rounds(pre_dump),
     )  # fmt: skip
     for text in done["warnings"]:
@@ -101,9 +119,11 @@ def restore(
 
     from imgrun.checkpoints import preflight
     from imgrun.checkpoints.unpacking import opened
-    from imgrun.cli.start import check_result_file, run_foreground
+    from imgrun.cli.start import place_of_result, refuse_foreground_options, run_foreground
 
-    result_file = check_result_file(flags["result"])
+    if detach:
+        refuse_foreground_options(flags)
+    result_file = place_of_result(flags["result"])
     keep = detach if remove is None else not remove
     with ExitStack() as stack:
         loaded = stack.enter_context(opened(directory, allow))

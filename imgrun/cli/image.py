@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from imgrun.building.recipe import FORMATS, TABLES
+from imgrun.cli import printable
 from imgrun.errors import ImgrunError
 
 
@@ -80,7 +81,7 @@ def inspect(path: str, partition: str | None, as_json: bool) -> None:
         print(json.dumps(record, indent=1))
         return
     for name, value in _rows(record):
-        print(f"{name:<14}{value}")
+        print(f"{name:<14}{printable(value)}")
 
 
 def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from imgrun.cli import printable
 from imgrun.errors import ImgrunError, JobError, JobNotFound, SpecError
 from imgrun.job import Job, collect
 from imgrun.signals import signal_name
@@ -42,11 +43,11 @@ def ps(everything: bool, quiet: bool, as_json: bool) -> None:
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
     spec, result = record["spec"], record["result"]
-    command = " ".join(spec.get("command", ())) or "(the image's init)"
+    command = printable(" ".join(spec.get("command", ()))) or "(the image's init)"
     since = (result or {}).get("finished_at") or record["started_at"] or record.get("created_at") or ""
     return (
         record["id"], record["name"] or "-", _state(record["state"], result), since[:19].replace("T", " "),
-        os.path.basename(spec.get("image", "")), command if len(command) < 60 else command[:57] + "...",
+        printable(os.path.basename(spec.get("image", ""))), command if len(command) < 60 else command[:57] + "...",
     )  # fmt: skip
 
 
@@ -159,12 +160,14 @@ def rm(jobs: tuple[str, ...], force: bool, everything: bool) -> None:
 @click.option("--older-than", metavar="DURATION", help="Also remove records of jobs that finished this long ago.")
 def gc(older_than: str | None) -> None:
     """Remove cgroup directories, scratch and state of jobs whose supervisor was killed. Running jobs are not touched."""
+    age = None if older_than is None else parse_duration(older_than, "--older-than")
     root = StateRoot()
-    for job_id in collect(root):
+    root.ids()  # says what is wrong with the state directory, if anything is
+    collected = collect(root)
+    for job_id in collected:
         print(job_id)
-    if older_than is None:
+    if age is None:
         return
-    age = parse_duration(older_than, "--older-than")
     for job in Job.all():
         try:
             finished = os.stat(f"{job.directory}/result.json").st_mtime
@@ -172,4 +175,5 @@ def gc(older_than: str | None) -> None:
             continue
         if not job.running and time.time() - finished >= age:
             job.remove()
-            print(job.id)
+            if job.id not in collected:
+                print(job.id)

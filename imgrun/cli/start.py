@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from imgrun.cli import command_words, report, warn
+from imgrun.cli import command_words, printable, report, warn
 from imgrun.errors import ImgrunError, SpecError
 from imgrun.spec import CHOICES, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
 
@@ -148,6 +148,8 @@ def start(**flags: Any) -> NoReturn:
     memory did; 125, 126 and 127 for imgrun's own failures, a command that cannot be executed, and one that is not there.
     """
     flags["command"] = command_words(flags["command"])
+    if flags["htcondor"] and flags["slurm"]:
+        raise SpecError("--htcondor and --slurm contradict each other", "choose the one that runs this job")
     site = htcondor_site(flags) if flags["htcondor"] else slurm_site(flags)
     spec = spec_from_flags(flags)
     if flags["dry_run"]:
@@ -159,11 +161,11 @@ def start(**flags: Any) -> NoReturn:
 
             print(json.dumps({"spec": spec.to_dict(), "plan": lines}, indent=1))
         else:
-            print("\n".join(lines))
+            print("\n".join(map(printable, lines)))
         raise click.exceptions.Exit(0)
     if site is not None:
-        flags["classad"] = check_result_file(flags["classad"])
-        raise click.exceptions.Exit(site.run(spec, run_foreground, flags, check_result_file(flags["result"])))
+        flags["classad"] = place_of_result(flags["classad"])
+        raise click.exceptions.Exit(site.run(spec, run_foreground, flags, place_of_result(flags["result"])))
     found = None
     if spec.checkpoint_dir is not None:
         from imgrun.checkpoints import manifest
@@ -175,21 +177,29 @@ def start(**flags: Any) -> NoReturn:
             for warning in require(found):
                 warn(warning)
         else:
-            os.makedirs(spec.checkpoint_dir, mode=0o700, exist_ok=True)  # a scheduler may list it as output
+            from imgrun.cli.freeze import make_checkpoint_directory
+
+            make_checkpoint_directory(spec.checkpoint_dir)
     keep = flags["detach"] if flags["remove"] is None else not flags["remove"]
-    result_file = check_result_file(flags["result"])
-    flags["classad"] = check_result_file(flags["classad"])
+    result_file = place_of_result(flags["result"])
+    flags["classad"] = place_of_result(flags["classad"])
     if flags["detach"]:
-        if result_file or flags["classad"] or flags["timings"] or flags["interactive"]:
-            raise SpecError(
-                "--result, --classad, --timings and --interactive need the foreground, and --detach leaves it",
-                "drop one; 'imgrun inspect' shows the result of a background job",
-            )
+        refuse_foreground_options(flags)
         from imgrun.launcher import start_detached
 
         print(start_detached(spec, keep=keep, checkpoint=found).id)
         raise click.exceptions.Exit(0)
     raise click.exceptions.Exit(run_foreground(spec, keep, result_file, flags, checkpoint=found))
+
+
+def refuse_foreground_options(flags: dict[str, Any]) -> None:
+    """Raises SpecError for the first option that means nothing with ``--detach``."""
+    for key in ("result", "classad", "timings", "as_json", "interactive"):
+        if flags.get(key):
+            raise SpecError(
+                f"--{key.removeprefix('as_')} needs the foreground, and --detach leaves it",
+                "drop one; 'imgrun inspect' shows the result of a background job",
+            )
 
 
 def htcondor_site(flags: dict[str, Any]) -> HTCondorSite:
@@ -257,54 +267,38 @@ def run_foreground(
             warn(warning)
     if result.message:
         report(ImgrunError(result.message, result.hint))
-    if result_file or flags["as_json"]:
-        import json
-
-        text = json.dumps(result.to_dict(), indent=1) + "\n"
-        if result_file:
-            write_whole(result_file, text)
-        if flags["as_json"]:
-            print(text, end="")
-    if flags.get("classad"):
-        from imgrun.accounting.classad import text as as_classad
-
-        write_whole(flags["classad"], as_classad(result))
+    if result_file or flags["as_json"] or flags.get("classad"):
+        tell(result, result_file, flags)
     if flags["timings"]:
         for step, milliseconds in result.timings.items():
             print(f"{milliseconds:10.3f} ms  {step}", file=sys.stderr)
     return result.exit_status
 
 
-def write_whole(path: str, text: str) -> None:
-    """Write a file that is complete or absent; a device or a pipe is written to as it is."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(text)
-        return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.rename(temporary, path)
-    except OSError as e:
-        try:
-            os.unlink(temporary)
-        except OSError:
-            pass
-        raise ImgrunError(f"cannot write the result to {path}: {e.strerror}", "the job itself has ended") from e
+def tell(result: Result, result_file: str | None, flags: dict[str, Any]) -> None:
+    """Write the result where it was asked for."""
+    import json
+
+    from imgrun.cli.results import write_whole
+
+    text = json.dumps(result.to_dict(), indent=1) + "\n"
+    if result_file:
+        write_whole(result_file, text)
+    if flags["as_json"]:
+        print(text, end="")
+    if flags.get("classad"):
+        from imgrun.accounting.classad import text as as_classad
+
+        write_whole(flags["classad"], as_classad(result))
 
 
-def check_result_file(path: str | None) -> str | None:
+def place_of_result(path: str | None) -> str | None:
+    """Where a result that was asked for is to be written. Raises SpecError when that cannot be."""
     if path is None:
         return None
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path) and os.access(path, os.W_OK):
-        return path
-    directory = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(directory) or os.path.isdir(path):
-        raise SpecError(f"cannot write the result to {path}", "give a file in a directory that exists")
-    if not os.access(directory, os.W_OK):
-        raise SpecError(f"cannot write the result to {path}: no permission", "give a file in a directory of yours")
-    return os.path.abspath(path)
+    from imgrun.cli.results import check_place
+
+    return check_place(path)
 
 
 SAME = ("name", "hostname", "user", "workdir", "partition", "scratch_size", "memory", "swap", "cpus", "cpu_weight",
@@ -353,8 +347,8 @@ def spec_from_flags(flags: dict[str, Any]) -> JobSpec:
         from imgrun.signals import parse_signal
 
         given["checkpoint_signal"] = tuple(map(parse_signal, flags["checkpoint_signal"].split(",")))
-        if "checkpoint_dir" not in given:
-            raise SpecError("--checkpoint-signal needs to know where to", "add --checkpoint-dir DIR")
+    if given.get("checkpoint_signal") and "checkpoint_dir" not in given:
+        raise SpecError("--checkpoint-signal needs to know where to", "add --checkpoint-dir DIR")
     if flags["stop_signal"] is not None:
         from imgrun.signals import parse_signal
 
@@ -391,6 +385,8 @@ def parse_environment(words: tuple[str, ...], files: tuple[str, ...]) -> dict[st
             env[name.strip()] = value
     for text in words:
         name, equals, value = text.partition("=")
+        if not name:
+            raise SpecError(f"--env {text!r} has no name", "give NAME=VALUE, or NAME to pass yours on")
         if equals:
             env[name] = value
         elif name in os.environ:

@@ -55,10 +55,9 @@ def stats(no_stream: bool, interval: str, as_json: bool, jobs: tuple[str, ...]) 
 def measure(job: Job, before: dict[str, Any] | None) -> dict[str, Any] | None:
     """What a job uses now, with its rates; None when it does not run."""
     try:
-        usage = job.stats()
+        usage, spec = job.stats(), job.spec
     except JobStateError:
         return None
-    spec = job.spec
     record = {"id": job.id, "name": job.name, "state": job.state, "memory_limit": spec.memory, "usage": usage}
     earlier = before["usage"] if before is not None else {}
     elapsed = usage["wall_seconds"] - earlier.get("wall_seconds", 0.0)

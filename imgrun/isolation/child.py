@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.errors import ImgrunError
-from imgrun.init_shim import SHIM
+from imgrun.init_shim import SHIM, not_executed
 from imgrun.isolation import limits, mounts, network, security
 from imgrun.isolation.namespaces import stop_importing
 from imgrun.passwd import User
@@ -61,7 +61,8 @@ def become_init(setup: Setup) -> NoReturn:
     except ImgrunError as e:
         _tell(setup.channel, type(e).__name__, e.message, e.hint)
     except OSError as e:
-        _tell(setup.channel, "StartError", f"setting up the job failed: {e}", "run again with --debug for the details")
+        error = not_executed(e, "setting up the job")
+        _tell(setup.channel, type(error).__name__, error.message, error.hint)
     except BaseException as e:
         _tell(setup.channel, "StartError", f"setting up the job failed: {type(e).__name__}: {e}", "this is a bug")
         if os.environ.get("IMGRUN_DEBUG"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -130,27 +130,40 @@ def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None)
     """
     starts, source = _slots()
     if starts:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
         first = int.from_bytes(os.urandom(4), "little") % len(starts)
         preferred = (wanted,) if wanted is not None and wanted in starts else ()
-        for start in chain(preferred, starts[first:], starts[:first]):
-            path = f"{directory}/{start}"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                continue
-            if not os.fstat(fd).st_nlink:  # its holder ended between our two steps
-                os.close(fd)
-                continue
-            ranges = (IdRange(0, start, RANGE),)
-            return HeldMap(IdMap(ranges, ranges), fd, path)
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            held = _hold_one(directory, chain(preferred, starts[first:], starts[:first]))
+        except OSError as e:
+            raise HostError(
+                f"the job's range of ids cannot be held in {directory}: {e.strerror}",
+                "see that root can write there, or use --userns off",
+            ) from e
+        if held is not None:
+            return held
     where = f"/etc/subuid and /etc/subgid for '{SUBID_USER}'" if source == "subuid" else "imgrun's own region"
     raise HostError(
         f"no free range of {RANGE} ids for the job's user namespace in {where}",
         "end other jobs, widen the range, or use --userns off",
     )
+
+
+def _hold_one(directory: str, starts: Iterable[int]) -> HeldMap | None:
+    for start in starts:
+        path = f"{directory}/{start}"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            continue
+        if not os.fstat(fd).st_nlink:  # its holder ended between our two steps
+            os.close(fd)
+            continue
+        ranges = (IdRange(0, start, RANGE),)
+        return HeldMap(IdMap(ranges, ranges), fd, path)
+    return None
 
 
 def gids_of(pid: int) -> list[range]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from imgrun import image
 from imgrun.errors import ImageDamaged, ImageMissing, ImgrunError, PrivilegeError
+from imgrun.isolation.rootless import is_host_root
 from imgrun.storage import disk, superblock
-from imgrun.storage.guest import check_architecture, identify
+from imgrun.storage.guest import OsInfo, check_architecture, identify
 from imgrun.storage.mount import kernel_has, lacking
 from imgrun.storage.partitions import ROOT_TYPES
 
@@ -27,8 +28,7 @@ def report(path: str, partition: str | None = None) -> dict[str, Any]:
         info = image.probe(path, partition)
         _tell(record, info)
         _tell_file(record, path)
-        _need_driver(info)
-        _look_inside(record, path, partition)
+        _look_inside(record, info, partition)
     except ImageMissing:
         raise
     except ImgrunError as e:
@@ -87,20 +87,42 @@ def _need_driver(info: image.ImageInfo) -> None:
         raise lacking(driver, info.name)
 
 
-def _look_inside(record: dict[str, Any], path: str, partition: str | None) -> None:
+def _look_inside(record: dict[str, Any], info: image.ImageInfo, partition: str | None) -> None:
     try:
-        with image.open_image(path, "read-only", partition, wait=0) as held:
-            _tell(record, held.info)
-            root = held.mount()
+        if is_host_root():
+            _need_driver(info)
+            root, found = _look(info.path, partition, None)
+        else:
+            from tempfile import TemporaryDirectory
+
+            from imgrun.apart import apart
+
+            with TemporaryDirectory(prefix="imgrun-") as place:
+                root, seen = apart(lambda: _in_json(*_look(info.path, partition, place)))
+            seen |= {"architectures": tuple(seen["architectures"]), "header": bytes.fromhex(seen["header"])}
+            found = OsInfo(**seen)
     except ImageDamaged:
         record["clean"] = False
         raise
-    try:
-        record["clean"] = True if record["kind"] != "directory" else None
-        found = identify(root)
-        record["os"] = {"name": found.name or None, "id": found.id or None, "version": found.version or None}
-        record["architectures"] = list(found.architectures) or None
-        check_architecture(found)
-        record["runnable"] = True
-    finally:
-        os.close(root)
+    record.update(root)
+    record["clean"] = True if record["kind"] != "directory" else None
+    record["os"] = {"name": found.name or None, "id": found.id or None, "version": found.version or None}
+    record["architectures"] = list(found.architectures) or None
+    check_architecture(found)
+    record["runnable"] = True
+
+
+def _look(path: str, partition: str | None, serve_in: str | None) -> tuple[dict[str, Any], OsInfo]:
+    """What the root file system is, and what is in it. ``serve_in`` as of open_image."""
+    record: dict[str, Any] = {}
+    with image.open_image(path, "read-only", partition, wait=0, serve_in=serve_in) as held:
+        _tell(record, held.info)
+        root = held.mount()
+        try:
+            return record, identify(root)
+        finally:
+            os.close(root)
+
+
+def _in_json(record: dict[str, Any], found: OsInfo) -> tuple[dict[str, Any], dict[str, Any]]:
+    return record, found._asdict() | {"header": found.header.hex()}

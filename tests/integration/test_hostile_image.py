@@ -308,13 +308,11 @@ def test_odd_names_in_the_image(hostile: Hostile, userns: tuple[str, str], run: 
     (hostile.tree / "odd").mkdir()
     for name in names:
         Path(os.fsdecode(os.fsencode(hostile.tree / "odd") + b"/" + name)).touch()
-    os.symlink("busybox", os.fsencode(hostile.tree) + b"/bin/a\nb")
     done = hostile.sh("find /odd -type f -print0 | tr -cd '\\000' | wc -c; cp -r /odd /tmp; rm -r /odd; ls -d /odd", *userns)
     assert done.stdout.split() == [str(len(names))], done
-    with_program = hostile.start(
-        *userns, "--bind", f"{hostile.tree}/bin/busybox:/bin/tr\nue", "--", "/bin/tr\nue", "echo", "x"
-    )
-    assert with_program.status == 0 or with_program.stdout == "", with_program
+    odd = "/bin/busybox\nodd"
+    done = hostile.start(*userns, "--bind", f"{hostile.tree}/bin/busybox:{odd}", "--", odd, "echo", "x")
+    assert (done.status, done.stdout, done.stderr) == (0, "x\n", "")
     assert run("image", "inspect", hostile.image).status == 0
 
 

@@ -468,11 +468,14 @@ def test_a_dev_that_has_no_loop_nodes(images: Images) -> None:
 def test_without_privilege_it_is_said(images: Images, tmp_path: Path) -> None:
     path = images.copy(images.filesystem("ext4"), Path(f"/tmp/imgrun-test-{os.getpid()}.img"))
     path.chmod(0o644)
+    os.mknod(tmp_path / "fuse", stat.S_IFCHR | 0o600, os.makedev(10, 229))
 
     def inside() -> None:
+        subprocess.run(["mount", "--bind", tmp_path / "fuse", "/dev/fuse"], check=True)
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
         os.setresuid(65534, 65534, 65534)
+        sc.prctl(sc.PR_SET_DUMPABLE, 1)  # as a program of that user's own is
         for target in (path, Path("/etc")):
             with pytest.raises(PrivilegeError), image.open_image(str(target), "overlay") as held:
                 held.mount()
@@ -480,6 +483,7 @@ def test_without_privilege_it_is_said(images: Images, tmp_path: Path) -> None:
         assert record["format"] == "ext4"
         assert record["clean"] is True
         assert record["runnable"] is None
+        assert record["reason"].startswith("/dev/fuse cannot be opened")
         assert record["os"] is None
 
     try:

@@ -430,10 +430,10 @@ def test_the_anchor_reaps_what_the_reaper_is_not_above(start: Start) -> None:
                 if os.fork() == 0:
                     time.sleep(0.1)
                 os._exit(0)
-            os.wait()
+            os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
         finally:
-            os._exit(0)
-    os.waitpid(entering, 0)
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(entering, 0)[1]) == 0
     os.close(namespace)
     reaper = [pid for pid in children(job.pid) if status_of(pid, "Name") == init_shim.REAPER_NAME]
     until(lambda: children(job.pid) == reaper, "the stranger is reaped")

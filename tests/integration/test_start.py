@@ -86,13 +86,13 @@ def test_refused_with_one_line_and_a_hint(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no such image"), (b"", "empty"), (b"#!/bin/sh\n" * 1000, "script"), (os.urandom(1 << 20), "")],
+    [(None, "no such image"), (b"", "empty"), (b"#!/bin/sh\n" * 1000, "script"), (os.urandom(1 << 20), "not a usable image")],
 )
 def test_an_image_that_is_none(run: Imgrun, tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "x.img"
     if content is not None:
         path.write_bytes(content)
-    refused(run("start", path, "--", "true"), 125, str(path))
+    refused(run("start", path, "--", "true"), 125, str(path), words)
     assert run("start", path, "--", "true", env={"IMGRUN_DEBUG": "1"}).status == 125
 
 

@@ -187,10 +187,20 @@ def test_not_readable(run: AsUser, images: Images) -> None:
     refused(run("start", image, "--", "true"), 125, str(image), "may not be read")
 
 
+def test_inspect_looks_inside_as_a_job_does(run: AsUser, images: Images) -> None:
+    for image in (images.filesystem("squashfs"), images.filesystem("ext4"), images.tree()):
+        record = json.loads(run("image", "inspect", "--json", image).stdout)
+        assert (record["runnable"], record["reason"], record["os"]["id"]) == (True, None, "testos"), record
+        assert record["architectures"], record
+    record = json.loads(run("image", "inspect", "--json", images.filesystem("xfs")).stdout)
+    assert (record["runnable"], record["format"]) == (False, "xfs")
+    assert "only root" in record["reason"]
+
+
 def test_other_images_as_mounts(run: AsUser, images: Images) -> None:
-    for image in (images.data(), images.filesystem("squashfs"), images.tree()):
+    for image, name in ((images.data(), "notes"), (images.filesystem("squashfs"), "bin"), (images.tree(), "bin")):
         done = run.sh("ls /data; touch /data/x", "--mount", f"type=image,src={image},dst=/data")
-        assert "notes" in done.stdout or "bin" in done.stdout, done
+        assert name in done.stdout.split(), done
         assert "Read-only" in done.stderr
     done = run.sh("ls /a /b", *(w for d in "ab" for w in ("--mount", f"type=image,src={images.data()},dst=/{d}")))
     assert done.stdout.count("notes") == 2, done

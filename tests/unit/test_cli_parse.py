@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from command import Imgrun, refused
+from command import COMMAND, Done, Imgrun, refused, text
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -170,17 +173,102 @@ def test_version(run: Imgrun) -> None:
         ("rm", "x"), ("stop", "x"), ("signal", "x"), ("signal", "x", "TERM"), ("exec", "x"), ("exec", "x", "true"),
         ("gc", "--older-than", "x"), ("start", "--result", "/nope/r.json", "/i", "c"), ("start", "/nope.img", "c"),
         ("start", "-d", "--timings", "/i", "c"), ("start", "--spec", "/nope.toml"),
-        ("start", "--rlimit", "nofile=x", "/i", "c"),
+        ("start", "--rlimit", "nofile=x", "/i", "c"), ("start", "-d", "--json", "/i", "c"),
+        ("start", "-e", "", "/i", "c"), ("start", "--result", "", "/i", "c"), ("start", "--slurm", "--htcondor", "/i", "c"),
+        ("start", "--checkpoint-signal", "USR1", "/i", "c"), ("start", "--checkpoint-exit-code", "256", "/i", "c"),
+        ("start", "--checkpoint-dir", "/etc/passwd", "/i", "c"), ("start", "--checkpoint-dir", "/proc/x/y", "/i", "c"),
+        ("start", "--checkpoint-dir", "/etc", "/i", "c"), ("restore", "-d", "--result", "x", "/nope"),
+        ("restore", "/nope"), ("check", "/nope"), ("check", "x"), ("checkpoint", "x"), ("checkpoint", "--to", "/x", "x"),
+        ("stats", "x"), ("update", "x"), ("update", "--memory", "1G", "x"), ("submit", "--to", "slurm", "--spec", "/nope"),
+        ("submit", "--to", "pbs", "--spec", "/nope"), ("image", "inspect", "/nope"), ("image", "build", "/nope", "/x"),
     ],
 )  # fmt: skip
 def test_every_error_is_a_line_and_a_hint(run: Imgrun, words: tuple[str, ...]) -> None:
     refused(run(*words), 125)
 
 
-def test_no_words_are_a_question(run: Imgrun) -> None:
-    done = run()
-    assert "Usage: imgrun" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("words", [(), ("image",)])
+def test_no_words_are_a_question(run: Imgrun, words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert (done.status, done.stdout) == (125, "")
+    assert done.stderr == run(*words, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("start", "--memory"), "imgrun start"), (("start", "--nope"), "imgrun start"), (("--nope",), "imgrun"),
+        (("image", "build", "--size"), "imgrun image"), (("image", "build", "--nope"), "imgrun image build"),
+        (("submit", "--spec", "x"), "imgrun submit"), (("strat",), "imgrun"),
+    ],
+)  # fmt: skip
+def test_it_says_whose_help_to_read(run: Imgrun, words: tuple[str, ...], where: str) -> None:
+    done = run(*words)
+    refused(done, 125)
+    assert done.stderr.splitlines()[1].startswith(f"  see '{where}")
+    assert "\\n" not in done.stderr
+
+
+def test_a_command_that_is_misspelt(run: Imgrun) -> None:
+    refused(run("strat"), 125, "'strat'", "'start'")
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("ps",), ("ps", "--json"), ("start", "--help")])
+def test_output_that_cannot_be_written(run: Imgrun, words: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(*words, stdout=full, env={"PYTHONUNBUFFERED": ""})
+    refused(done, 125, "standard output", "No space left on device")
+
+
+def test_errors_that_cannot_be_written(run: Imgrun) -> None:
+    with open("/dev/full", "w") as full:
+        assert run("wait", "nope", stderr=full).status == 125
+
+
+def test_a_reader_that_has_gone(run: Imgrun) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run("ps", stdout=write, env={"PYTHONUNBUFFERED": ""})
+    os.close(write)
+    assert (done.status, done.stderr) == (141, "")
+
+
+def test_a_working_directory_that_has_gone(run: Imgrun, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    words = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *COMMAND, "start", "some.img", "true"]
+    process = subprocess.run(words, cwd=here, capture_output=True, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    refused(Done(process.returncode, text(process.stdout), text(process.stderr)), 125, "working directory")
+
+
+def test_an_interrupt_while_it_imports_is_no_traceback() -> None:
+    for imported in ("click", "imgrun.errors"):
+        hook = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {imported!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import imgrun.cli
+"""
+        done = subprocess.run([sys.executable, "-c", hook], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (130, b""), imported
+
+
+def test_what_is_printed_obeys_no_terminal(run: Imgrun, state_dir: Path) -> None:
+    """A job whose image and command have unprintable characters: a line in the list, whatever the locale."""
+    from imgrun.state import StateRoot
+
+    spec = JobSpec(image="/nope/a\n\x1b[31m\udcff", command=("echo", "\udcff\n#", "é"))
+    job = StateRoot(str(state_dir)).create(spec.to_dict(), keep=True)
+    for locale in ("C", "C.UTF-8", "POSIX"):
+        done = run("ps", "--all", env={"LC_ALL": locale})
+        assert done.status == 0, done
+        assert done.stdout.splitlines()[1:] == [done.stdout.splitlines()[-1]], done
+        assert r"a\n\x1b[31m\udcff  echo \udcff\n# é" in done.stdout
+    job.remove()
+    job.release(ended=True)
 
 
 def test_the_lazy_table_is_complete() -> None:

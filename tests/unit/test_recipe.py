@@ -246,7 +246,9 @@ def test_apt_here_is_asked_for_its_sources() -> None:
     except HostError:
         assert mirror.configured(tools) == []
         return
-    assert all(source.uri and source.suite for source in mirror.configured(tools))
+    sources = mirror.configured(tools)
+    assert sources, "apt has none"
+    assert all(source.uri and source.suite for source in sources)
 
 
 @pytest.mark.parametrize(

@@ -58,5 +58,6 @@ USAGES = st.builds(lambda fields: Usage(**fields), st.dictionaries(st.sampled_fr
 def test_the_record_gives_the_result_back(usage: Usage, code: int, texts: list[str], timings: dict[str, float]) -> None:
     made = result(usage=usage, exit_code=code, warnings=tuple(texts), command=tuple(texts), timings=timings)
     record = json.loads(json.dumps(made.to_dict()))
+    assert record["failure_code"] is None, "it has not failed to start"
     assert record["exit_status"] == code
     assert Result.from_dict(record) == made

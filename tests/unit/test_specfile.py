@@ -112,6 +112,7 @@ def test_all_of_it(path: Path) -> None:
         ("command = 'x'", "command", "write command"),
         ("command = [1]", "command", "write command"),
         ("tty = 'yes'", "tty", "true"),
+        ("checkpoint_dir = 5", "checkpoint_dir", "write checkpoint_dir"),
         ("stop_signal = 'NOPE'", "NOPE", ""),
         ("mounts = 3", "mounts", "[[mounts]]"),
         ("mounts = [3]", "mounts", "[[mounts]]"),

@@ -45,6 +45,10 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_root() == "/home/me/.local/state/imgrun"
     monkeypatch.setenv("XDG_STATE_HOME", "/x")
     assert default_root() == "/x/imgrun"
+    monkeypatch.setenv("XDG_STATE_HOME", "rel")
+    assert default_root() == "/home/me/.local/state/imgrun"
+    monkeypatch.setenv("HOME", "rel")
+    assert default_root() == f"{os.getcwd()}/rel/.local/state/imgrun"
 
 
 def test_a_new_job_is_alive_and_private(root: StateRoot) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
+from imgrun.errors import HostError
 from imgrun.isolation.userns import HeldMap, hold_range
 
 
@@ -19,6 +22,13 @@ def test_no_two_have_the_same(tmp_path: Path) -> None:
     for one in held:
         one.close()
     assert os.listdir(directory) == []
+
+
+def test_a_place_that_cannot_hold_them(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HostError, match="file/ids: Not a directory") as caught:
+        hold_range(str(tmp_path / "file/ids"))
+    assert caught.value.hint
 
 
 def test_the_wanted_one_unless_another_has_it(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def validate(limits: Limits) -> None:
         rates = entry[1:]
         if all(rate is None for rate in rates):
             raise SpecError(f"--io-max {entry.device} gives no rate", "add rbps=, wbps=, riops= or wiops=.")
-        for rate in rates:
-            within(f"--io-max {entry.device}", rate, 1, LARGEST)
+        for name, rate in zip(IoMax._fields[1:], rates, strict=True):
+            within(f"--io-max {entry.device}: {name}", rate, 1, LARGEST)
 
 
 def quota(cpus: float) -> tuple[int, int]:
