@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import click
 
+from imgrun.cli import warn
 from imgrun.errors import SpecError
 from imgrun.spec import JobSpec
 
@@ -36,7 +37,12 @@ def submit(scheduler: str, spec_file: str, options: tuple[str, ...], dry_run: bo
         if not line.isprintable():
             raise SpecError(f"the option {line!r} is more than a line", "give each line by a --option of its own")
     module = import_module(f"imgrun.schedulers.{scheduler}_submit")
-    text = module.submit_file(JobSpec(**given), os.path.abspath(spec_file))
+    spec = JobSpec(**given)
+    if spec.tty:
+        raise SpecError("a job of a scheduler's has no terminal", f"take tty out of {spec_file}")
+    if not os.path.exists(spec.image):
+        warn(f"{spec.image} is not on this machine: it has to be where the job runs")
+    text = module.submit_file(spec, os.path.abspath(spec_file))
     if options:
         from imgrun.schedulers.submission import with_options
 

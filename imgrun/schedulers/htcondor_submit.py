@@ -25,7 +25,7 @@ SUBMIT_FILE = """\
 # imgrun is installed on the execute machines. Where its site advertises it (imgrun doctor --classad), these lines send the
 # job to such machines only, and a checkpoint only to processors on which it can be continued:
 #requirements = TARGET.HasImgrunCheckpoints && (isUndefined(MY.ChirpImgrunCpuFeatures) \
-#    || stringListSubsetMatch(MY.ChirpImgrunCpuFeatures, TARGET.ImgrunCpuFeatures))
+|| stringListSubsetMatch(MY.ChirpImgrunCpuFeatures, TARGET.ImgrunCpuFeatures))
 executable = {executable}
 transfer_executable = false
 arguments = "{arguments}"

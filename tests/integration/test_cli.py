@@ -212,3 +212,13 @@ def test_a_result_on_a_full_disk(run: Imgrun, small_disk: Path) -> None:
         (small_disk / "fill").write_bytes(bytes(1 << 20))
     refused(run.start("--result", small_disk / "r", "--", "true"), 125, f"{small_disk}/r: No space left")
     assert os.listdir(small_disk) == ["fill"]
+
+
+def test_what_can_be_known_before_it_is_submitted(run: Imgrun, tmp_path: Path) -> None:
+    spec = tmp_path / "job.toml"
+    spec.write_text('image = "gone.img"\ncommand = ["true"]\n')
+    done = run("submit", "--to", "slurm", "--spec", spec, "--dry-run")
+    assert done.status == 0
+    assert done.stderr == f"imgrun: warning: {tmp_path}/gone.img is not on this machine: it has to be where the job runs\n"
+    spec.write_text(f'image = "{run.image}"\ncommand = ["true"]\ntty = true\n')
+    refused(run("submit", "--to", "htcondor", "--spec", spec, "--dry-run"), 125, "terminal")

@@ -109,6 +109,9 @@ def test_a_submit_file_transfers_what_lies_beside_the_spec(tmp_path: Path) -> No
         "output = run_me.$(Cluster).out", "job_max_vacate_time = 48",
     ):  # fmt: skip
         assert f"\n{line}\n" in text, line
+    requirements = next(line for line in text.splitlines() if line.startswith("#requirements = "))
+    classad2 = pytest.importorskip("classad2", reason="the Python package htcondor is not installed")
+    assert classad2.ExprTree(requirements.partition(" = ")[2])
     elsewhere = submit_file(JobSpec(image="/elsewhere/disk.img", command=("x",)), f"{tmp_path}/job.toml")
     assert "\ntransfer_input_files = job.toml\n" in elsewhere
 
