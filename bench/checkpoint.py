@@ -34,7 +34,8 @@ def measure(place: Place) -> Section:
         and left running: `frozen` is the longest pause it saw, `checkpoint, all` the time of the whole command. Then it is
         killed and continued; `restore to first progress` is from the call to the next sign of life. imgrun's checkpoint
         also has the job's files, a hash of everything, and is on the disk when the command ends; the others leave it in
-        the page cache. All use the same CRIU."""
+        the page cache. All use the same CRIU. imgrun does not let a job run before it has seen that all of its memory is as it
+        was written, lazy or not; the lazy one has no user namespace, since vm.unprivileged_userfaultfd is mostly 0."""
     )
     program = _build(place)
     largest: Outcome | None = None
@@ -238,10 +239,11 @@ class Imgrun(Way):
     """A job with the directory bound into it."""
 
     seen_at = "/bench"
+    start_flags: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
 
     def start(self, words: list[str]) -> None:
-        flags = ["--detach", "--name", "bench-checkpoint", "--bind", f"{self.here}:{self.seen_at}"]
+        flags = ["--detach", "--name", "bench-checkpoint", "--bind", f"{self.here}:{self.seen_at}", *self.start_flags]
         run_checked([*self.place.imgrun, "start", *flags, self.place.image, "--", *words])
 
     def dump(self) -> list[str]:
@@ -258,6 +260,9 @@ class Imgrun(Way):
 
 
 class LazyImgrun(Imgrun):
+    """As root of the host: where vm.unprivileged_userfaultfd is 0, nobody else can be lazy."""
+
+    start_flags = ("--userns", "off")
     flags = ("--lazy",)
 
 

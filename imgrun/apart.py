@@ -21,27 +21,51 @@ def apart(task: Callable[[], Any], *, memory: int | None = None) -> Any:
     ``memory`` is how many bytes more than now it may have. Raises what it raises: an ImgrunError as it is, and HostError
     for any other.
     """
-    read, write = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        os.close(read)
-        _child(task, write, memory)
-    os.close(write)
-    with open(read, "rb") as f:
-        text = f.read()
-    os.waitpid(pid, 0)
-    answer: dict[str, Any] = json.loads(text) if text else {"message": "a process of imgrun's was killed"}
-    if "result" in answer:
-        return answer["result"]
-    raise getattr(errors, answer.get("error", "HostError"), HostError)(answer["message"], answer.get("hint") or "try again")
+    return Beside(task, all_ids=True, memory=memory).result()
 
 
-def _child(task: Callable[[], Any], write: int, memory: int | None) -> NoReturn:
+class Beside:
+    """A ``task`` in a child, beside what the caller does meanwhile."""
+
+    def __init__(self, task: Callable[[], Any], *, all_ids: bool = False, memory: int | None = None) -> None:
+        """Begin. With ``all_ids`` it has all ids that the caller can give; ``memory`` as of :func:`apart`."""
+        self._read, write = os.pipe2(os.O_CLOEXEC)
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(self._read)
+            _child(task, write, all_ids, memory)
+        os.close(write)
+
+    def result(self) -> Any:
+        """Wait for it; what ``task`` returned, or raised, as of :func:`apart`. For one call only."""
+        with open(self._read, "rb") as f:
+            text = f.read()
+        self._reap()
+        answer: dict[str, Any] = json.loads(text) if text else {"message": "a process of imgrun's was killed"}
+        if "result" in answer:
+            return answer["result"]
+        kind = getattr(errors, answer.get("error", "HostError"), HostError)
+        raise kind(answer["message"], answer.get("hint") or "try again")
+
+    def cancel(self) -> None:
+        """End it, if nobody has waited for it."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.close(self._read)
+            self._reap()
+
+    def _reap(self) -> None:
+        os.waitpid(self._pid, 0)
+        self._pid = 0
+
+
+def _child(task: Callable[[], Any], write: int, all_ids: bool, memory: int | None) -> NoReturn:
     answer: dict[str, Any]
     try:
         sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
-        _become_root()
+        if all_ids:
+            _become_root()
         if memory is not None:
             _limit(memory)
         answer = {"result": task()}

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from imgrun import criu, init_shim
 from imgrun import syscalls as sc
 from imgrun.checkpoints import archive, captured, criu_rpc, identity
+from imgrun.checkpoints.ahead import Ahead, Syncing
 from imgrun.checkpoints.archive import Archive
 from imgrun.checkpoints.digests import Totals, lines
 from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, IMAGE, LIST, MANIFEST, SHIM, checksum, describe_files, size_of
@@ -110,6 +111,13 @@ class _Saving:
         self._reaper = 0
         self._descriptors: dict[str, int] = {}
         self._places = captured.memory_mounts(subject.spec)
+        # Open from the first: a failure of the disk is told to whoever had something open there before it.
+        self._here = os.open(building, DIRECTORY)
+        # One processor is CRIU's. Of two, the other slows it down (threads of one core, bandwidth), which a job that is to go
+        # on feels; of one that is to end, all has to be done before it may.
+        self._ahead = Ahead(
+            self._here, "processes", leave=2 if how.leave_running else 1, write=not how.leave_running and not how.archive
+        )
         self._began = self._last = time.monotonic()
 
     def mark(self, step: str) -> None:
@@ -127,28 +135,27 @@ class _Saving:
             self._reaper = next(iter(children_of(subject.init)), 0)
             if not self._reaper:
                 raise JobStateError("the job is ending", "see 'imgrun inspect' for how")
-            self.manifest = self._describe()
-            self._decide_files()
-            userns = self._descriptors.get("user")
-            opened.append(toolbox := captured.toolbox_mount())
-            opened.append(images := captured.directory_mount(f"{self.building}/processes", userns))
-            opened.append(work := captured.directory_mount(f"{self.building}/work", userns))
-            site = criu.Site(self._descriptors, toolbox, images, work, subject.userns)
             criu.TASKS["save"] = lambda: captured.save_memory(self._places)
-            self.mark("description of the job")
             dump = criu_rpc.Dump(
                 log=f"{self.building}/work/{criu.LOG}", kept=kept_log(subject, self.target),
                 images=f"{self.building}/processes", rounds=self.how.pre_dump, mark=self.mark, warn=self.warnings.append,
+                ahead=self._ahead, prepare=self._prepare,
             )  # fmt: skip
-            dump.run(site, frozen=lambda session: self._frozen(session, ended))
+            session = dump.run(lambda: self._site(opened), frozen=lambda session: self._frozen(session, ended))
             if not self.how.leave_running:
-                # Only now: while CRIU was not reaped, the job's PID namespace could not end.
+                # While CRIU is not reaped, the job's PID namespace cannot end.
+                session.close()
                 _await_end(ended)
         finally:
+            self._ahead.stop()
             for fd in opened:
                 os.close(fd)
         self.mark("end of the job" if not self.how.leave_running else "job runs on")
-        self._finish()
+        try:
+            self._finish()
+        finally:
+            session.close()
+            os.close(self._here)
 
     def _await_memory(self) -> None:
         """What a lazy restore has not brought yet cannot be saved."""
@@ -158,6 +165,19 @@ class _Saving:
                 _await_end(fd)
                 os.close(fd)
             self.mark("memory of the lazy restore")
+
+    def _site(self, opened: list[int]) -> criu.Site:
+        """Where CRIU works, with mounts that are good for one session."""
+        userns = self._descriptors.get("user")
+        opened.append(toolbox := captured.toolbox_mount())
+        opened.append(images := captured.directory_mount(f"{self.building}/processes", userns))
+        opened.append(work := captured.directory_mount(f"{self.building}/work", userns))
+        return criu.Site(self._descriptors, toolbox, images, work, self.subject.userns)
+
+    def _prepare(self) -> None:
+        self.manifest = self._describe()
+        self._decide_files()
+        self.mark("description of the job")
 
     def _describe(self) -> dict[str, Any]:
         from imgrun import __version__
@@ -196,24 +216,14 @@ class _Saving:
         """Everything that must be of the same instant; and, unless the job is to run on, everything that can fail."""
         self.mark("processes")
         began = time.monotonic()
-        session.in_job("save")
-        self.mark("memory file systems")
-        if self.manifest["streams"]["0"].startswith("pipe:"):
-            waiting = captured.waiting_input(f"/proc/{self._reaper}/fd/0") + self.subject.unsent
-            if waiting:
-                with open(f"{self.building}/stdin", "wb") as f:
-                    f.write(waiting)
-        count = census(self._descriptors["pid"], criu.first_pid())
-        self.manifest["last_pid"] = count.largest
-        self.manifest["processes"] = count.processes
-        usage = self.subject.usage()
-        if usage.get("user_seconds") is None:
-            usage |= {"user_seconds": count.user_seconds, "system_seconds": count.system_seconds}
-        self.manifest["usage"] = usage
         self._settle_scratch()
-        if not self._stays:
-            for name in self.layers:
-                captured.copy_tree(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
+        with contextlib.nullcontext() if self._stays else captured.copying(
+            self.subject.scratch, self.layers, f"{self.building}/files"
+        ):
+            session.in_job("save")
+            self.mark("memory file systems")
+            self._save_input()
+            self._count()
         self.mark("files")
         statistics = self.manifest["statistics"] = criu_rpc.statistics(f"{self.building}/work")
         statistics["files_seconds"] = round(time.monotonic() - began, 6)
@@ -225,6 +235,22 @@ class _Saving:
             else:
                 self._write_manifest()
             self._kill(init)
+
+    def _save_input(self) -> None:
+        if self.manifest["streams"]["0"].startswith("pipe:"):
+            waiting = captured.waiting_input(f"/proc/{self._reaper}/fd/0") + self.subject.unsent
+            if waiting:
+                with open(f"{self.building}/stdin", "wb") as f:
+                    f.write(waiting)
+
+    def _count(self) -> None:
+        count = census(self._descriptors["pid"], criu.first_pid())
+        self.manifest["last_pid"] = count.largest
+        self.manifest["processes"] = count.processes
+        usage = self.subject.usage()
+        if usage.get("user_seconds") is None:
+            usage |= {"user_seconds": count.user_seconds, "system_seconds": count.system_seconds}
+        self.manifest["usage"] = usage
 
     def _kill(self, init: int) -> None:
         """End the job before CRIU hears of it, which would let the tree run on for a moment and change what was saved.
@@ -321,28 +347,25 @@ class _Saving:
 
     def _write_manifest(self, *, sync: bool = True) -> None:
         """The last file, once all others are on the disk."""
-        here = os.open(self.building, DIRECTORY)
-        try:
-            manifest = self.manifest
-            manifest["files"] = describe_files(self.building, manifest.get("files", {}))
-            self.mark("hashes")
-            statistics = manifest["statistics"]
-            statistics["bytes"] = size_of(manifest["files"])
-            statistics["total_seconds"] = round(time.monotonic() - self._began, 6)
-            manifest["checksum"] = checksum(manifest)
+        manifest = self.manifest
+        syncing = Syncing(self._here) if sync else None
+        manifest["files"] = describe_files(self.building, manifest.get("files", {}), self._ahead.stop())
+        self.mark("hashes")
+        statistics = manifest["statistics"]
+        statistics["bytes"] = size_of(manifest["files"])
+        statistics["total_seconds"] = round(time.monotonic() - self._began, 6)
+        manifest["checksum"] = checksum(manifest)
+        if syncing is not None:
+            syncing.finish()
+        with open(f"{self.building}/{MANIFEST}.new", "w", encoding="utf-8") as f:
+            json.dump(manifest, f, indent=1)
+            f.write("\n")
+            f.flush()
             if sync:
-                sc.syncfs(here)
-            with open(f"{self.building}/{MANIFEST}.new", "w", encoding="utf-8") as f:
-                json.dump(manifest, f, indent=1)
-                f.write("\n")
-                f.flush()
-                if sync:
-                    os.fsync(f.fileno())
-            os.rename(f"{self.building}/{MANIFEST}.new", f"{self.building}/{MANIFEST}")
-            if sync:
-                os.fsync(here)
-        finally:
-            os.close(here)
+                os.fsync(f.fileno())
+        os.rename(f"{self.building}/{MANIFEST}.new", f"{self.building}/{MANIFEST}")
+        if sync:
+            os.fsync(self._here)
         self.mark("manifest, to the disk")
 
 

@@ -11,11 +11,12 @@ import os
 import select
 import signal
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
 from imgrun.checkpoints.criu_log import explain
+from imgrun.checkpoints.criu_messages import NOTIFY, Response, answer
 from imgrun.errors import CheckpointError, HostError, JobStateError
 from imgrun.isolation import namespaces
 from imgrun.isolation.mounts import NO_ACCESS_TO_DEVICES, new_filesystem
@@ -34,8 +35,6 @@ FETCH = "fetch"
 """Asks the process in the job to have memory fetched from the images as the restored processes touch it."""
 
 
-
-
 def toolbox() -> str:
     """The directory with a relocatable CRIU. Raises HostError when it is not installed."""
     try:
@@ -43,6 +42,11 @@ def toolbox() -> str:
     except ImportError:
         raise HostError("checkpointing needs the package imgrun-criu", "pip install imgrun-criu, or ./dev setup") from None
     return str(imgrun_criu.path())
+
+
+def log_level() -> int:
+    """How much CRIU is to write down. At 4, a line for each few pages takes a fifth of the time that a job stands still."""
+    return 4 if os.environ.get("IMGRUN_DEBUG") else 3
 
 
 class Site(NamedTuple):
@@ -69,10 +73,13 @@ class Site(NamedTuple):
 class Session:
     """One CRIU process in a job, and the conversation with it.
 
-    ``before`` runs first, in the process that is in the job's mount namespace: to put back what mounts hold.
+    ``before`` runs first, in the process that is in the job's mount namespace: to put back what mounts hold. ``meanwhile``
+    runs in ours, while that is being done and CRIU started.
     """
 
-    def __init__(self, site: Site, *, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, site: Site, *, before: Callable[[], None] | None = None, meanwhile: Callable[[], None] | None = None
+    ) -> None:
         self._channel, theirs = Channel.pair()
         self._socket, criu_end = Channel.pair()
         self._pid = sc.clone(0, site.clone_into)
@@ -82,6 +89,12 @@ class Session:
             _host(site, theirs, criu_end, before)
         theirs.close()
         criu_end.close()
+        if meanwhile is not None:
+            try:
+                meanwhile()
+            except BaseException:
+                self.close()
+                raise
         received = self._channel.receive()
         if received is None or "error" in received[0]:
             why = received[0]["error"] if received else "it was killed"
@@ -97,12 +110,10 @@ class Session:
             doing = "its memory cannot be fetched" if what == FETCH else "saving what the job keeps in memory failed"
             raise CheckpointError(f"{doing}: {why}", "see the space where it goes")
 
-    def run(self, request: Any, on_notify: Callable[[str], None]) -> Any:
+    def run(self, request: bytes, on_notify: Callable[[str], None] = lambda script: None) -> Response | None:
         """Send a request and answer CRIU's notifications until its reply; None when CRIU has died."""
-        import pycriu.rpc_pb2 as rpc
-
         fd = self._socket.fileno()
-        os.write(fd, request.SerializeToString())
+        os.write(fd, request)
         while True:
             try:
                 data = os.read(fd, 1 << 20)
@@ -110,20 +121,17 @@ class Session:
                 data = b""
             if not data:
                 return None
-            response = rpc.criu_resp()
-            response.ParseFromString(data)
-            if response.type != rpc.NOTIFY:
+            response = Response.parse(data)
+            if response.kind != NOTIFY:
                 return response
-            answer = rpc.criu_req(type=rpc.NOTIFY, notify_success=True)
             try:
-                on_notify(response.notify.script)
+                on_notify(response.script)
             except BaseException:
-                answer.notify_success = False
-                os.write(fd, answer.SerializeToString())
+                os.write(fd, answer(success=False))
                 os.read(fd, 1 << 20)
                 raise
             try:
-                os.write(fd, answer.SerializeToString())
+                os.write(fd, answer(success=True))
             except OSError:
                 return None  # what was done there has ended it
 
@@ -134,10 +142,14 @@ class Session:
         pid, self._pid = self._pid, 0
         return pid
 
-    def close(self) -> None:
-        """End CRIU's host process; it takes what it attached with it."""
+    def end(self) -> None:
+        """Have CRIU's host process end, and take what it attached with it."""
         self._socket.close()
         self._channel.close()
+
+    def close(self) -> None:
+        """Await that it has ended."""
+        self.end()
         if self._pid > 0:
             os.waitpid(self._pid, 0)
             self._pid = 0
@@ -308,7 +320,7 @@ def _start_fetcher() -> int:
     unused, told = os.pipe2(os.O_CLOEXEC)
     child = _clone_aside()
     if child == 0:
-        log = ("--log-file", FETCH_LOG, "-v4", "--images-dir", IMAGES)
+        log = ("--log-file", FETCH_LOG, f"-v{log_level()}", "--images-dir", IMAGES)
         _become_criu(("lazy-pages", *log, "--status-fd", str(tell)), (tell,), told)
     for fd in (tell, told, unused):
         os.close(fd)

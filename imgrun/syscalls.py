@@ -122,6 +122,11 @@ def syncfs(fd: int) -> None:
     _checked(_lib.ig_syncfs(fd))
 
 
+def begin_writing(fd: int) -> None:
+    """Have the kernel begin to write what it keeps of a file to its disk, without waiting for that (sync_file_range(2))."""
+    _checked(_lib.ig_begin_writing(fd))
+
+
 def perf_event_open(
     type: int,
     config: int,

@@ -25,7 +25,6 @@ COPY = 1 << 20
 PIPE = 1 << 20
 LEVEL = "-1"
 """Of zstd: memory is written about as fast as a good disk takes it; higher ones save little of it."""
-SUFFIXES = (".zst", ".tzst")
 
 
 class Archive(NamedTuple):
@@ -36,10 +35,6 @@ class Archive(NamedTuple):
     """What the file is called until it is complete."""
     fd: int
     compress: bool
-
-
-def must_compress(path: str, asked: bool) -> bool:
-    return asked or path.endswith(SUFFIXES)
 
 
 def zstd() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from typing import Any
 
 from imgrun import criu
@@ -128,13 +129,35 @@ def _is_own_userns(fd: int) -> bool:
 
 
 def copy_tree(source: str, target: str) -> None:
-    """Copy files with all that belongs to them, sharing blocks where the file system can. Raises NoSpace."""
-    words = ["cp", "--archive", "--reflink=auto", "--sparse=always", "--no-target-directory", source, target]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env={**os.environ, "LC_ALL": "C"}
-    )
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1:] or ["cp failed"]
-        if "No space left" in done.stderr or "quota" in done.stderr:
-            raise NoSpace(f"no space to copy the job's files to {target}", "free some, or save elsewhere")
-        raise CheckpointError(f"the job's files could not be copied: {why[0]}", "check both file systems")
+    """Copy files with all that belongs to them, sharing blocks where the file system can. Raises NoSpace, CheckpointError."""
+    with Copying(target, "--no-target-directory", source, target):
+        pass
+
+
+def copying(source: str, names: Iterable[str], target: str) -> Copying:
+    """The same for some of what a directory has, to another directory, beside what is done meanwhile."""
+    return Copying(target, f"--target-directory={target}", "--", *(f"{source}/{name}" for name in names))
+
+
+class Copying:
+    """A copy under way; as a context, it is complete at its end. Raises NoSpace, CheckpointError."""
+
+    def __init__(self, target: str, *arguments: str) -> None:
+        words = ["cp", "--archive", "--reflink=auto", "--sparse=always", *arguments]
+        environment = {**os.environ, "LC_ALL": "C"}
+        null, pipe = subprocess.DEVNULL, subprocess.PIPE
+        self._target = target
+        self._process = subprocess.Popen(words, stdin=null, stdout=null, stderr=pipe, text=True, env=environment)
+
+    def __enter__(self) -> Copying:
+        return self
+
+    def __exit__(self, kind: object, *unused: object) -> None:
+        if kind is not None:
+            self._process.kill()
+        _, said = self._process.communicate()
+        if kind is None and self._process.returncode:
+            why = said.strip().splitlines()[-1:] or ["cp failed"]
+            if "No space left" in said or "quota" in said:
+                raise NoSpace(f"no space to copy the job's files to {self._target}", "free some, or save elsewhere")
+            raise CheckpointError(f"the job's files could not be copied: {why[0]}", "check both file systems")

@@ -4,16 +4,20 @@ it stood, and its processes into the namespaces of a new job. The checkpoint its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from typing import Any
 
 from imgrun import criu, init_shim
+from imgrun.apart import Beside
 from imgrun.checkpoints import criu_rpc
-from imgrun.checkpoints.captured import copy_tree, directory_mount, no_name_service, toolbox_mount
-from imgrun.checkpoints.manifest import IMAGE, SHIM, Checkpoint
+from imgrun.checkpoints.captured import copy_tree, copying, directory_mount, no_name_service, toolbox_mount
+from imgrun.checkpoints.manifest import IMAGE, OLDER, SHIM, Checkpoint, changed_memory
+from imgrun.checkpoints.preflight import cannot_continue
 from imgrun.errors import CheckpointError, RestoreError
 from imgrun.helper import Helper
 from imgrun.isolation import namespaces
@@ -26,22 +30,32 @@ TAIL = 64 << 10
 def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
     """Fill the scratch of the new job with the files of the checkpoint, which keeps its own unless it is unpacked for this."""
     scratch.adopt()
+    source = f"{checkpoint.path}/files"
+    copied = []
     for name in checkpoint.manifest["layers"]:
         if name != "scratch.img":
             remove_tree(f"{scratch.path}/{name}")
-        _take(checkpoint, f"files/{name}", f"{scratch.path}/{name}")
+        if checkpoint.archive is None or not _moved(f"{source}/{name}", f"{scratch.path}/{name}"):
+            copied.append(name)
+    if copied:
+        with _as_restore_error(), copying(source, copied, scratch.path):
+            pass
 
 
-def _take(checkpoint: Checkpoint, name: str, target: str) -> None:
-    source = f"{checkpoint.path}/{name}"
+def _moved(source: str, target: str) -> bool:
+    if os.path.isdir(source):  # a file's name is taken already
+        try:
+            os.rename(source, target)
+            return True
+        except OSError:
+            pass  # it is on another disk
+    return False
+
+
+@contextlib.contextmanager
+def _as_restore_error() -> Iterator[None]:
     try:
-        if checkpoint.archive is not None and os.path.isdir(source):  # a file's name is taken already
-            try:
-                os.rename(source, target)
-                return
-            except OSError:
-                pass  # it is on another disk
-        copy_tree(source, target)
+        yield
     except CheckpointError as e:
         raise RestoreError(e.message, e.hint) from e
 
@@ -56,7 +70,8 @@ def put_image(checkpoint: Checkpoint) -> None:
     except OSError as e:
         raise RestoreError(f"the captured image cannot be put at {target}: {e.strerror}", "give another --image PATH") from e
     try:
-        _take(checkpoint, IMAGE, target)
+        with _as_restore_error():
+            copy_tree(f"{checkpoint.path}/{IMAGE}", target)
     except BaseException:
         os.unlink(target)
         raise
@@ -86,12 +101,19 @@ def restore(
 ) -> tuple[Helper | None, str | None]:
     """Bring the processes back into the namespaces of ``init``, with these standard streams.
 
-    CRIU's log goes to the directory ``work``. Returns what still fetches their memory, of a lazy restore, and a warning.
+    CRIU's log goes to the directory ``work``. What is in the files with memory is verified meanwhile, before any of the
+    processes runs. Returns what still fetches their memory, of a lazy restore, and a warning.
     Raises RestoreError.
     """
     manifest = checkpoint.manifest
+    verifying = Beside(lambda: changed_memory(checkpoint))
     descriptors = namespaces.open_all(init)
     opened = [*descriptors.values()]
+
+    def require_unchanged() -> None:
+        if wrong := verifying.result():
+            raise RestoreError(cannot_continue(checkpoint, wrong[0]), OLDER)
+
     try:
         userns = descriptors.get("user")
         opened.append(toolbox := toolbox_mount())
@@ -107,10 +129,12 @@ def restore(
         site = criu.Site(descriptors, toolbox, images, logs, userns_of_its_own, join, clone_into, last_pid, inherit)
         places = [str(place) for place in manifest["memory"]]
         pid, warning = criu_rpc.restore(
-            site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}", lazy=checkpoint.lazy
-        )
+            site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}", lazy=checkpoint.lazy,
+            restored=require_unchanged,
+        )  # fmt: skip
         return (Helper(pid, "CRIU, which fetches the job's memory", f"{work}/{criu.FETCH_LOG}") if pid else None), warning
     finally:
+        verifying.cancel()
         for fd in opened:
             os.close(fd)
 

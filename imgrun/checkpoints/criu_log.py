@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+PASSING = "In-flight connection"
+"""What CRIU cannot save, but is over in a moment."""
 KNOWN = (
+    (PASSING, "a TCP connection was just being made"),
     ("Can't dump ghost file", "an unlinked file that is still open is too large to be saved with it"),
     ("Can't lookup mount", "it has a file open on a mount that it cannot see any more"),
     ("seccomp", "a process has a system call filter, which only root outside a user namespace can suspend"),

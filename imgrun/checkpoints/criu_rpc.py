@@ -6,12 +6,17 @@ Sources: criu(8), the RPC definitions of its release (images/rpc.proto).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from imgrun.checkpoints.criu_log import explain
-from imgrun.criu import FETCH, IMAGES, REAPER, Session, Site
+from imgrun.checkpoints import criu_messages as messages
+from imgrun.checkpoints.ahead import Ahead
+from imgrun.checkpoints.criu_log import PASSING, explain
+from imgrun.checkpoints.criu_messages import Response, Value
+from imgrun.criu import FETCH, IMAGES, REAPER, Session, Site, log_level
 from imgrun.errors import CheckpointError, RestoreError
+from imgrun.storage.trees import remove_tree
 
 CPU_FEATURES = 1 | 4
 """Of the processor, its way to save floating point registers and its instructions must be there again (criu(8))."""
@@ -22,40 +27,42 @@ WATCHED = ("/tmp", "/var/tmp", "/dev/shm", "/root", "/home", "/srv", "/run", "/o
 STATISTICS = "stats-dump"
 EARLIER = "stats-rounds"
 MOST_ROUNDS = 6
+TRIES = 20
+PAUSE = 0.05
+"""Seconds between two of them."""
 ENOUGH = 8 << 20
 """Bytes of memory that are saved in less time than a round takes."""
 
 
-def options(site: Site, log: str) -> Any:
+def options(site: Site, log: str) -> dict[str, Value]:
     """What dump and restore have in common."""
-    import pycriu.rpc_pb2 as rpc
-
-    opts = rpc.criu_opts(images_dir_fd=-1)
-    opts.images_dir = IMAGES
-    opts.log_level = 4
-    opts.log_file = os.path.basename(log)
-    opts.unprivileged = site.userns
-    opts.manage_cgroups = False
-    opts.manage_cgroups_mode = rpc.IGNORE
-    opts.network_lock = rpc.SKIP
-    opts.tcp_established = True
-    opts.file_locks = True
-    opts.link_remap = True
-    opts.irmap_scan_paths.extend(WATCHED)
-    opts.ghost_limit = GHOST_LIMIT
-    opts.notify_scripts = True
-    opts.cpu_cap = CPU_FEATURES
-    return opts
+    return {
+        "images_dir_fd": -1,
+        "images_dir": IMAGES,
+        "log_level": log_level(),
+        "log_file": os.path.basename(log),
+        "unprivileged": site.userns,
+        "manage_cgroups": False,
+        "manage_cgroups_mode": messages.CGROUPS_IGNORE,
+        "network_lock": messages.NETWORK_LOCK_SKIP,
+        "tcp_established": True,
+        "file_locks": True,
+        "link_remap": True,
+        "irmap_scan_paths": WATCHED,
+        "ghost_limit": GHOST_LIMIT,
+        "notify_scripts": True,
+        "cpu_cap": CPU_FEATURES,
+    }
 
 
 def can(session: Session, feature: str) -> bool:
     """Whether CRIU has a feature here: ``mem_track``, ``lazy_pages``."""
-    import pycriu.rpc_pb2 as rpc
+    response = session.run(messages.feature_check(feature))
+    return response is not None and feature in response.features
 
-    request = rpc.criu_req(type=rpc.FEATURE_CHECK, keep_open=True)
-    setattr(request.features, feature, True)
-    response = session.run(request, lambda script: None)
-    return response is not None and bool(getattr(response.features, feature))
+
+class _Passing(CheckpointError):
+    """It may be otherwise in a moment."""
 
 
 class Dump(NamedTuple):
@@ -71,26 +78,40 @@ class Dump(NamedTuple):
     mark: Callable[[str], None]
     """Is told of each step that has ended."""
     warn: Callable[[str], None]
+    ahead: Ahead
+    """Is begun when CRIU runs."""
+    prepare: Callable[[], None]
+    """Is called while CRIU is being started."""
 
-    def run(self, site: Site, *, frozen: Callable[[Session], None]) -> None:
-        """Save the tree. ``frozen`` is called while every process of it stands still, with its memory saved.
+    def run(self, site: Callable[[], Site], *, frozen: Callable[[Session], None]) -> Session:
+        """Save the tree at a ``site``, made for each try: what passes in a moment is waited for.
+
+        ``frozen`` is called while every process of it stands still, with its memory saved.
 
         When ``frozen`` returns, the tree runs on, unless ``frozen`` has killed it, CRIU included: its images are complete
-        by then. When ``frozen`` raises, the tree runs on. Raises CheckpointError; the job then runs on as if nothing had
-        been.
+        by then. When ``frozen`` raises, the tree runs on. Returns the session, which is ending and has to be closed. Raises
+        CheckpointError; the job then runs on as if nothing had been.
         """
-        import pycriu.rpc_pb2 as rpc
+        for _ in range(TRIES):
+            try:
+                return self._try(site(), frozen)
+            except _Passing:
+                self.ahead.stop()
+                for name in os.listdir(self.images):
+                    remove_tree(f"{self.images}/{name}")
+                time.sleep(PAUSE)
+        return self._try(site(), frozen)
 
-        session = Session(site)
+    def _try(self, site: Site, frozen: Callable[[Session], None]) -> Session:
+        session = Session(site, meanwhile=self._meanwhile)
+        self.ahead.start()  # not before: a process with threads cannot be forked
         self.mark("start of CRIU")
         complete = False
         try:
             parent = self._pre_dump(session, site) if self.rounds else None
-            request = self._request(rpc.DUMP, site, self.log)
-            request.opts.leave_running = True
+            asked = options(site, self.log) | {"pid": REAPER, "leave_running": True}
             if parent is not None:
-                request.opts.track_mem = True
-                request.opts.parent_img = parent
+                asked |= {"track_mem": True, "parent_img": parent}
 
             def on_notify(script: str) -> None:
                 nonlocal complete
@@ -98,28 +119,26 @@ class Dump(NamedTuple):
                     frozen(session)
                     complete = True
 
-            response = session.run(request, on_notify)
+            response = session.run(messages.request(messages.DUMP, asked), on_notify)
             if not complete:
                 raise self._failure(response, self.log)
-        finally:
+        except BaseException:
             session.close()
+            raise
+        session.end()
+        return session
 
-    def _request(self, kind: int, site: Site, log: str) -> Any:
-        import pycriu.rpc_pb2 as rpc
+    def _meanwhile(self) -> None:
+        messages.load()
+        self.prepare()
 
-        request = rpc.criu_req(type=kind)
-        request.opts.CopyFrom(options(site, log))
-        request.opts.pid = REAPER
-        return request
-
-    def _failure(self, response: Any, log: str) -> CheckpointError:
-        cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
-        return CheckpointError(f"CRIU could not save the job's processes: {cause}", f"its log is {self.kept}")
+    def _failure(self, response: Response | None, log: str) -> CheckpointError:
+        cause = "it was killed" if response is None else explain(log, response.message)
+        kind = _Passing if PASSING in cause else CheckpointError
+        return kind(f"CRIU could not save the job's processes: {cause}", f"its log is {self.kept}")
 
     def _pre_dump(self, session: Session, site: Site) -> str | None:
         """Save memory in rounds while the tree runs, each what has changed since the one before; the last one's place."""
-        import pycriu.rpc_pb2 as rpc
-
         if not can(session, "mem_track"):
             self.warn("this kernel does not track changed memory (CONFIG_MEM_SOFT_DIRTY): no --pre-dump, all is saved at once")
             return None
@@ -128,12 +147,10 @@ class Dump(NamedTuple):
             place = f"{self.images}/pre-{number}"
             os.mkdir(place, 0o700)
             log = f"{os.path.dirname(self.log)}/pre-{number}.log"
-            request = self._request(rpc.PRE_DUMP, site, log)
-            request.opts.images_dir = f"{IMAGES}/pre-{number}"
-            request.opts.track_mem = True
+            asked = options(site, log) | {"pid": REAPER, "images_dir": f"{IMAGES}/pre-{number}", "track_mem": True}
             if number > 1:
-                request.opts.parent_img = f"../pre-{number - 1}"
-            response = session.run(request, lambda script: None)
+                asked["parent_img"] = f"../pre-{number - 1}"
+            response = session.run(messages.request(messages.PRE_DUMP, asked))
             if response is None or not response.success:
                 raise self._failure(response, log)
             size = sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(place))
@@ -156,7 +173,7 @@ def statistics(work: str) -> dict[str, Any]:
         "writing_seconds": "memwrite_time", "pages_scanned": "pages_scanned", "pages_written": "pages_written",
         "pages_in_earlier_rounds": "pages_skipped_parent",
     }  # fmt: skip
-    found, earlier = _counts(f"{work}/{STATISTICS}"), _counts(f"{work}/{EARLIER}")
+    found, earlier = messages.statistics(f"{work}/{STATISTICS}"), messages.statistics(f"{work}/{EARLIER}")
     result: dict[str, Any] = {}
     for name, theirs in names.items():
         value = found.get(theirs)
@@ -167,32 +184,19 @@ def statistics(work: str) -> dict[str, Any]:
     return result
 
 
-def _counts(path: str) -> dict[str, int]:
-    import pycriu
-
-    try:
-        with open(path, "rb") as f:
-            found: dict[str, int] = pycriu.images.load(f)["entries"][0]["dump"]
-            return found
-    except (OSError, LookupError, ValueError, pycriu.images.MagicException):
-        return {}  # a checkpoint is as good without them
-
-
-def restore(site: Site, *, before: Callable[[], None], log: str, lazy: bool) -> tuple[int, str | None]:
+def restore(
+    site: Site, *, before: Callable[[], None], log: str, lazy: bool, restored: Callable[[], None]
+) -> tuple[int, str | None]:
     """Bring the tree back to life, as it was. Raises RestoreError; nothing of it runs then.
 
+    ``restored`` is called when all is in place and nothing of it runs yet, nor ever does if it raises.
     With ``lazy`` it runs before its memory is read. Returns the pid of the child that stays until all of it is, or 0; and
     why it was not lazy, where that was asked for and could not be.
     """
-    import pycriu.rpc_pb2 as rpc
-
-    session = Session(site, before=before)
+    session = Session(site, before=before, meanwhile=messages.load)
     why = None
     try:
-        request = rpc.criu_req(type=rpc.RESTORE)
-        request.opts.CopyFrom(options(site, log))
-        for key, fd in site.inherit.items():
-            request.opts.inherit_fd.add(key=key, fd=fd)
+        asked = options(site, log) | {"inherit_fd": [messages.inherited(key, fd) for key, fd in site.inherit.items()]}
         if lazy:
             why = None if can(session, "lazy_pages") else LAZY_NEEDS
             if why is None:
@@ -200,11 +204,16 @@ def restore(site: Site, *, before: Callable[[], None], log: str, lazy: bool) -> 
                     session.in_job(FETCH)
                 except CheckpointError as e:
                     raise RestoreError(e.message, "restore without --lazy") from e
-                request.opts.lazy_pages = True
-        response = session.run(request, lambda script: None)
+                asked["lazy_pages"] = True
+
+        def on_notify(script: str) -> None:
+            if script == "post-restore":
+                restored()
+
+        response = session.run(messages.request(messages.RESTORE, asked), on_notify)
         if response is None or not response.success:
-            cause = "it was killed" if response is None else explain(log, response.cr_errmsg)
-            raise RestoreError(f"CRIU could not bring the job's processes back: {cause}", f"its log is {log}")
+            cause = "it was killed" if response is None else explain(log, response.message)
+            raise RestoreError(f"CRIU could not bring the job's processes back: {cause}")
         return (session.leave() if lazy and why is None else 0), why
     finally:
         session.close()

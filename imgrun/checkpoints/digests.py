@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
@@ -33,24 +33,32 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 INSIDE = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS | sc.RESOLVE_NO_XDEV
 
 
+Parts = dict[tuple[str, int], bytes]
+"""Digests of pieces, by the file's path and where in it they begin."""
+
+
 class Digest(NamedTuple):
     size: int
     sha256: str
 
 
-def digests(directory: int, names: Iterable[str]) -> dict[str, Digest]:
+def digests(directory: int, names: Iterable[str], known: Parts | None = None, *, leave: int = 0) -> dict[str, Digest]:
     """Size and hash of each of these files, by their paths below ``directory``; no symbolic link is followed.
 
-    Raises OSError, and ValueError for what is no file.
+    The digests of pieces that are ``known`` already are not made again. ``leave`` is the number of processors to be left to
+    others. Raises OSError, and ValueError for what is no file.
     """
     sizes = {name: _size(directory, name) for name in names}
-    pieces = [(name, start) for name, size in sizes.items() for start in range(0, max(size, 1), PIECE)]
-    parts: dict[tuple[str, int], bytes] = {}
+    parts = dict(known or {})
+    pieces = [
+        (name, start) for name, size in sizes.items() for start in range(0, max(size, 1), PIECE) if (name, start) not in parts
+    ]
     failures: list[Exception] = []
     todo = iter(pieces)
     lock = threading.Lock()
     # A thread is worth its while for some megabytes.
-    busy = min(sum(sizes.values()) >> 22, len(os.sched_getaffinity(0)) - 1)
+    amount = sum(min(PIECE, sizes[name] - start) for name, start in pieces)
+    busy = min(amount >> 22, len(os.sched_getaffinity(0)) - 1 - leave)
     threads = [threading.Thread(target=_work, args=(directory, todo, lock, parts, failures)) for _ in range(busy)]
     for thread in threads:
         thread.start()
@@ -79,7 +87,7 @@ def _size(directory: int, name: str) -> int:
         os.close(fd)
 
 
-def _whole(name: str, size: int, parts: dict[tuple[str, int], bytes]) -> str:
+def _whole(name: str, size: int, parts: Parts) -> str:
     whole = hashlib.sha256()
     for start in range(0, max(size, 1), PIECE):
         whole.update(parts[name, start])
@@ -90,7 +98,7 @@ def _work(
     directory: int,
     todo: Iterator[tuple[str, int]],
     lock: threading.Lock,
-    parts: dict[tuple[str, int], bytes],
+    parts: Parts,
     failures: list[Exception],
 ) -> None:
     buffer = bytearray(1 << 20)
@@ -102,14 +110,17 @@ def _work(
                 return
             fd = open_inside(directory, name)
             try:
-                parts[name, start] = _piece(fd, start, buffer)
+                digest = hash_piece(fd, start, buffer, lambda: bool(failures))
+                if digest is not None:
+                    parts[name, start] = digest
             finally:
                 os.close(fd)
     except (OSError, ValueError) as e:
         failures.append(e)
 
 
-def _piece(fd: int, start: int, buffer: bytearray) -> bytes:
+def hash_piece(fd: int, start: int, buffer: bytearray, given_up: Callable[[], bool]) -> bytes | None:
+    """Of the piece of a file that begins at ``start``; None when it is ``given_up``."""
     end = start + PIECE
     if end <= os.fstat(fd).st_size and _next_data(fd, start) >= end:
         return _empty_piece()
@@ -118,6 +129,8 @@ def _piece(fd: int, start: int, buffer: bytearray) -> bytes:
     for place in range(start, end, len(buffer)):
         size = os.preadv(fd, [buffer], place)
         digest.update(view[:size])
+        if given_up():
+            return None
         if size < len(buffer):
             break
     return digest.digest()

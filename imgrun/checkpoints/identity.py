@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import stat
 from typing import Any
 
 SAMPLES = 64
 SAMPLE = 64 << 10
-SCRATCH_FEATURES = frozenset({"constant_tsc", "nonstop_tsc", "rep_good", "nopl", "cpuid", "tsc_known_freq", "hypervisor"})
-"""Flags of /proc/cpuinfo that say something of the machine and nothing that a program could use."""
+NOT_FOR_PROGRAMS = frozenset((
+    # What Linux itself calls so, each version with other words, and what it does about faults of processors
+    # (arch/x86/include/asm/cpufeatures.h).
+    "always amd_dcm amd_lbr_pmc_freeze amd_lbr_v2 aperfmperf arch_capabilities arch_perfmon art bhi_ctrl btc_no "
+    "constant_tsc cpb cpuid cpuid_fault entry_ibpb epb extd_apicid flush_l1d hw_pstate ibpb ibrs ibrs_enhanced intel_ppin "
+    "l1tf_pteinv ls_cfg_ssbd md_clear nonstop_tsc nonstop_tsc_s3 nopl perfmon_v2 proc_feedback pti rep_good rrsba_ctrl "
+    "rsb_ctxsw split_lock_detect ssbd stibp tsc_known_freq tsc_reliable up use_ibpb use_ibrs_fw virt_ssbd xcompacted "
+    "xtopology zen "
+    # Of the machine, and what kernels and hypervisors alone can use.
+    "acpi apic arat avic bts bus_lock_detect cat_l2 cat_l3 cdp_l2 cdp_l3 cmp_legacy cqm cqm_llc cqm_mbm_local cqm_mbm_total "
+    "cqm_occup_llc cr8_legacy dca de debug_swap decodeassists ds_cpl dtes64 dtherm dts ept ept_ad est extapic flexpriority "
+    "flushbyasid fred hfi ht hwp hwp_act_window hwp_epp hwp_notify hwp_pkg_req hypervisor ibs ida invpcid la57 lbrv lkgs "
+    "mba mca mce mp msr mtrr nodeid_msr npt nrip_save nx osvw overflow_recov pae pat pausefilter pbe pcid pconfig pdcm "
+    "pdpe1gb pebs perfctr_core perfctr_llc perfctr_nb pfthreshold pge pln pse pse36 pts rapl rdt_a sdbg sev sev_es sev_snp "
+    "sgx_lc skinit smap smca sme smep smx ss succor svm svm_lock tdx_guest tm tm2 tme topoext tpr_shadow tsc_adjust "
+    "tsc_deadline_timer tsc_scale umip v_spec_ctrl v_vmsave_vmload vgif vmcall vmcb_clean vme vmmcall vmx vnmi vpid "
+    "wbnoinvd wdt x2apic x2avic xsaves xtpr"
+).split())  # fmt: skip
+"""Flags of /proc/cpuinfo that say something of the machine or its kernel, and nothing that a program could use."""
 
 
 def image(path: str) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def processor() -> dict[str, Any]:
                 found[key.strip()] = value.strip()
     except OSError:
         pass
-    flags = set((found.get("flags") or found.get("Features") or "").split()) - SCRATCH_FEATURES
+    flags = set((found.get("flags") or found.get("Features") or "").split()) - NOT_FOR_PROGRAMS
     return {
         "vendor": found.get("vendor_id") or found.get("CPU implementer"),
         "family": found.get("cpu family") or found.get("CPU architecture"),
@@ -79,7 +95,8 @@ def processor() -> dict[str, Any]:
 
 def host() -> dict[str, Any]:
     """This host, as far as processes depend on it."""
-    return {"kernel": platform.release(), "machine": platform.machine(), "criu": criu_version(), "cpu": processor()}
+    system = os.uname()
+    return {"kernel": system.release, "machine": system.machine, "criu": criu_version(), "cpu": processor()}
 
 
 def criu_version() -> str | None:

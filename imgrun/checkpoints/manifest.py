@@ -22,7 +22,7 @@ import re
 import stat
 from typing import Any, NamedTuple
 
-from imgrun.checkpoints.digests import difference, digests, lines
+from imgrun.checkpoints.digests import Parts, difference, digests, lines
 from imgrun.errors import ImgrunError, RestoreError
 from imgrun.spec import JobSpec
 
@@ -141,6 +141,15 @@ PARENT = re.compile(r"(\.\./)?pre-[0-9]+")
 """Where CRIU may look for the memory of an earlier round."""
 
 
+MEMORY = re.compile(r"processes/(pre-[0-9]+/)?pages-[0-9]+\.img")
+"""Where CRIU has the memory of processes. It adds to these files and changes nothing in them; all its others are small."""
+
+
+def is_memory(name: str) -> bool:
+    """Whether a file of a checkpoint holds memory of processes."""
+    return MEMORY.fullmatch(name) is not None
+
+
 def list_files(directory: int) -> list[str]:
     """What is hashed one by one, by relative paths: all but what the job itself wrote to disk."""
     found = [name for name in SINGLE if _kind(directory, name)]
@@ -163,23 +172,27 @@ def _process_directories(directory: int) -> list[str]:
     return ["processes", *(f"processes/{name}" for name in inner)]
 
 
-def describe_files(path: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Size and SHA-256 of each of these files; of a link between rounds, where it leads. ``known`` have not changed."""
+def describe_files(path: str, known: dict[str, Any] | None = None, parts: Parts | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of each of these files; of a link between rounds, where it leads.
+
+    ``known`` files have not changed, nor have ``parts``.
+    """
     directory = os.open(path, DIRECTORY)
     try:
         before = known or {}
-        return before | _describe(directory, [name for name in list_files(directory) if name not in before])
+        return before | _describe(directory, [name for name in list_files(directory) if name not in before], parts)
     finally:
         os.close(directory)
 
 
-def _describe(directory: int, names: list[str]) -> dict[str, Any]:
+def _describe(directory: int, names: list[str], parts: Parts | None = None) -> dict[str, Any]:
     links = [name for name in names if _kind(directory, name) == stat.S_IFLNK]
     found: dict[str, Any] = {name: {"link": os.readlink(name, dir_fd=directory)} for name in links}
     for name, link in found.items():
         if not PARENT.fullmatch(link["link"]):
             raise ValueError(f"{name} leads to {link['link']}")
-    return found | {name: d._asdict() for name, d in digests(directory, [n for n in names if n not in found]).items()}
+    files = [name for name in names if name not in found]
+    return found | {name: d._asdict() for name, d in digests(directory, files, parts).items()}
 
 
 def size_of(files: dict[str, Any]) -> int:
@@ -187,8 +200,25 @@ def size_of(files: dict[str, Any]) -> int:
     return sum(int(file.get("size", 0)) for file in files.values())
 
 
-def changed_files(checkpoint: Checkpoint) -> list[str]:
-    """A line for each file that is missing, too much, or not what was written; of the job's own, the first such."""
+def changed_memory(checkpoint: Checkpoint) -> list[str]:
+    """A line for each file with memory that is not what was written. CRIU is left a processor, unless it reads them later."""
+    expected: dict[str, Any] = checkpoint.manifest["files"]
+    names = [name for name in expected if is_memory(name)]
+    directory = os.open(checkpoint.path, DIRECTORY)
+    try:
+        found = digests(directory, names, leave=0 if checkpoint.lazy else 1)
+    except (OSError, ValueError) as e:
+        return [str(e)]
+    finally:
+        os.close(directory)
+    return [f"{name} was changed" for name in names if found[name]._asdict() != expected[name]]
+
+
+def changed_files(checkpoint: Checkpoint, *, memory: bool = True) -> list[str]:
+    """A line for each file that is missing, too much, or not what was written; of the job's own, the first such.
+
+    Without ``memory``, only the sizes of the files with memory are looked at: :func:`changed_memory` does the rest.
+    """
     try:
         directory = os.open(checkpoint.path, DIRECTORY)
     except OSError as e:
@@ -210,8 +240,10 @@ def changed_files(checkpoint: Checkpoint) -> list[str]:
             size = os.stat(name, dir_fd=directory, follow_symlinks=False).st_size
             if size != expected[name].get("size", size):
                 wrong.append(f"{name} has {size} bytes, not {expected[name]['size']}")
-            else:
+            elif memory or not is_memory(name):
                 same.append(name)
+            elif _kind(directory, name) != stat.S_IFREG:
+                wrong.append(f"{name} is no file")
         found = _describe(directory, same)
         wrong += [f"{name} was changed" for name in same if found[name] != expected[name]]
         if not wrong and LIST in expected:

@@ -86,19 +86,26 @@ def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
 
 
 def require(checkpoint: Checkpoint, allow: tuple[str, ...] = ()) -> list[str]:
-    """Raise RestoreError for the first requirement that is not met and not allowed to be; returns the warnings."""
+    """Raise RestoreError for the first requirement that is not met and not allowed to be; returns the warnings.
+
+    Of the files with memory it sees the sizes; imgrun.checkpoints.continuing does not let the job run before it has seen all.
+    """
     warnings = []
-    for finding in findings(checkpoint):
+    for finding in findings(checkpoint, memory=False):
         if finding.level == "warning" or (finding.level == "refused" and finding.name in allow):
             warnings.append(finding.text)
         elif finding.level == "refused":
             override = f"; or --allow {finding.name}" if finding.name in OVERRIDES else ""
-            raise RestoreError(f"{checkpoint.path} cannot be continued here: {finding.text}", f"{finding.hint}{override}")
+            raise RestoreError(cannot_continue(checkpoint, finding.text), f"{finding.hint}{override}")
     return warnings
 
 
-def findings(checkpoint: Checkpoint) -> list[Finding]:
-    """Every requirement, the cheap ones first."""
+def cannot_continue(checkpoint: Checkpoint, why: str) -> str:
+    return f"{checkpoint.path} cannot be continued here: {why}"
+
+
+def findings(checkpoint: Checkpoint, *, memory: bool = True) -> list[Finding]:
+    """Every requirement, the cheap ones first. Without ``memory``, of the files with memory only the sizes are looked at."""
     return [
         *_owner(checkpoint),
         *_host(checkpoint),
@@ -106,7 +113,7 @@ def findings(checkpoint: Checkpoint) -> list[Finding]:
         *_mounts(checkpoint.spec),
         *_limits(checkpoint.spec),
         *_running(checkpoint),
-        *_files(checkpoint),
+        *_files(checkpoint, memory),
     ]
 
 
@@ -247,8 +254,8 @@ def _running(checkpoint: Checkpoint) -> list[Finding]:
     return []
 
 
-def _files(checkpoint: Checkpoint) -> list[Finding]:
-    wrong = changed_files(checkpoint)
+def _files(checkpoint: Checkpoint, memory: bool) -> list[Finding]:
+    wrong = changed_files(checkpoint, memory=memory)
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         return [Finding("refused", "files", f"{wrong[0]}{more}", OLDER)]

@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from imgrun.checkpoints import archive
-from imgrun.checkpoints.manifest import MANIFEST
 from imgrun.errors import CheckpointError
 from imgrun.spec import JobSpec
+
+COMPRESSED = (".zst", ".tzst")
+"""What names of archives end in that are compressed without being asked for it."""
 
 
 class Subject(NamedTuple):
@@ -52,6 +53,10 @@ class How(NamedTuple):
         return cls(**message["how"])._replace(output=fds[0] if fds else -1)
 
 
+def must_compress(path: str, asked: bool) -> bool:
+    return asked or path.endswith(COMPRESSED)
+
+
 def building_place(subject: Subject, target: str, how: How) -> str:
     """Where a checkpoint is made before it gets its name: beside that, and on the job's own disk for an archive."""
     if how.archive:
@@ -74,7 +79,9 @@ def refuse(subject: Subject, target: str, how: How) -> None:
         if target != "-" and os.path.lexists(target) and not os.path.isfile(target):
             raise CheckpointError(f"{target} cannot be replaced by an archive", "give the name of a file")
         if how.compress:
-            archive.zstd()
+            from imgrun.checkpoints.archive import zstd
+
+            zstd()
     else:
         refuse_unsuitable(target)
     writable = subject.spec.root == "writable"
@@ -94,6 +101,8 @@ def refuse(subject: Subject, target: str, how: How) -> None:
 
 def refuse_unsuitable(target: str) -> None:
     """Raise CheckpointError when ``target`` is there and neither an empty directory nor a checkpoint to be replaced."""
+    from imgrun.checkpoints.manifest import MANIFEST
+
     try:
         names = set(os.listdir(target))
     except FileNotFoundError:

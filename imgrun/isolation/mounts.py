@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 from imgrun import syscalls as sc
 from imgrun.errors import ImgrunError, SpecError, StartError
@@ -23,6 +24,10 @@ KERNEL_TREES = ("/proc", "/sys", "/dev")
 STAGE = "/etc"
 """A directory that every host has and from which nothing more is needed. Not ``/``: what is stacked there would have to be
 detached by itself, and each detaching waits for all processors (synchronize_rcu)."""
+
+
+SHOWS_OVERLAY_INODES = (6, 12)
+"""Kernels from this one on show the overlay's own inodes in /proc/PID/maps; at older ones it is looked."""
 
 
 class Context:
@@ -227,8 +232,16 @@ class Scratch(Operation):
 class Overlay(Operation):
     """The image below, the job's scratch above. Mounted by the job's own root: ``userxattr``."""
 
+    def __init__(self) -> None:
+        # What only older kernels need is imported before the job's mount namespace is entered.
+        self._find_xino: Callable[[int], str] | None = None
+        if _kernel() < SHOWS_OVERLAY_INODES:
+            from imgrun.isolation.inodes import xino
+
+            self._find_xino = xino
+
     def describe(self) -> str:
-        return "mount an overlay (lower: image, upper: scratch/upper, userxattr, xino=on) as the root"
+        return "mount an overlay (lower: image, upper: scratch/upper, userxattr, xino) as the root"
 
     def execute(self, ctx: Context) -> None:
         sc.move_mount(ctx.fds["image"], "lower", ctx.stage)
@@ -239,12 +252,16 @@ class Overlay(Operation):
             "upperdir": "scratch/upper",
             "workdir": "scratch/work",
             # CRIU must see the same inode in /proc/PID/maps and from stat.
-            "xino": "on",
+            "xino": "on" if self._find_xino is None else self._find_xino(ctx.stage),
             "userxattr": None,
         }
         sc.move_mount(new_filesystem("overlay", options, sc.MOUNT_ATTR_NODEV), "root", ctx.stage)
         ctx.root = os.open("root", os.O_PATH | os.O_CLOEXEC, dir_fd=ctx.stage)
         ctx.root_is_ours = True
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(int(word) for word in os.uname().release.split(".")[:2] if word.isdigit())
 
 
 class FromScratch(Operation):

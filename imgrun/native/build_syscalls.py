@@ -16,6 +16,7 @@ ffibuilder.cdef(
     long ig_pivot_root(const char *new_root, const char *put_old);
     long ig_fs_magic(const char *path);
     long ig_syncfs(int fd);
+    long ig_begin_writing(int fd);
     long ig_perf_event_open(uint32_t type, uint64_t config, int pid, int cpu, int group, unsigned long flags,
                             int inherit, int enable_on_exec, int exclude_kernel);
     long ig_umount2(const char *target, int flags);
@@ -55,6 +56,7 @@ ffibuilder.set_source(
     #define _GNU_SOURCE
     #endif
     #include <errno.h>
+    #include <fcntl.h>
     #include <sched.h>
     #include <signal.h>
     #include <stdint.h>
@@ -131,6 +133,7 @@ ffibuilder.set_source(
     }
 
     static long ig_syncfs(int fd) { RESULT(syscall(SYS_syncfs, fd)); }
+    static long ig_begin_writing(int fd) { RESULT(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)); }
     static long ig_fs_magic(const char *path)
     {
         struct statfs status;

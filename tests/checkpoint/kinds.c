@@ -728,6 +728,50 @@ static int storm(void)
     return 0;
 }
 
+/* -- connections that are being made all the time ----------------------------------------------------------------------- */
+
+static int knocks(void)
+{
+    volatile long *answered = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    tcp_address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int door = socket(AF_INET, SOCK_STREAM, 0);
+    setsockopt(door, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    if (bind(door, (void *)&tcp_address, sizeof tcp_address) < 0 || listen(door, 5) < 0)
+        return 10;
+    pid_t server = fork();
+    if (server == 0)
+        for (;;) {
+            struct pollfd knocked = {.fd = door, .events = POLLIN};
+            if (poll(&knocked, 1, -1) != 1)
+                continue;
+            usleep(20000); /* most of the time, somebody waits at the door */
+            int guest = accept(door, 0, 0);
+            write(guest, "x", 1);
+            close(guest);
+        }
+    pid_t client = fork();
+    if (client == 0)
+        for (char c;;) {
+            int s = connect_tcp(door);
+            if (read(s, &c, 1) != 1 || c != 'x')
+                _exit(1);
+            close(s);
+            ++*answered;
+            usleep(10000);
+        }
+    ready();
+    int status;
+    for (long enough = *answered + 5; *answered < enough;) {
+        if (waitpid(client, &status, WNOHANG) == client)
+            return 11;
+        usleep(1000);
+    }
+    kill(server, SIGKILL);
+    kill(client, SIGKILL);
+    puts("knocks ok");
+    return 0;
+}
+
 /* -- a sparse file ------------------------------------------------------------------------------------------------------ */
 
 static int sparse(const char *path)
@@ -762,6 +806,8 @@ int main(int argc, char **argv)
         return many_files(count);
     if (!strcmp(what, "storm"))
         return storm();
+    if (!strcmp(what, "knocks"))
+        return knocks();
     if (!strcmp(what, "sparse"))
         return sparse(argv[2]);
     return 1;

@@ -190,16 +190,16 @@ def test_saved_input_reaches_a_background_job(rig: Rig) -> None:
 
 
 def test_left_running_and_continued_later_twice(rig: Rig) -> None:
-    job = rig.run.background(COUNT.format(n=60))
+    job = rig.run.background(COUNT.format(n=150))
     rig.reaches(job, "10")
     target = rig.freeze(job, "c", "--leave-running")
     assert rig.run("wait", job).status == 0
-    assert rig.output(job) == [*numbers(60), "60"]
+    assert rig.output(job) == [*numbers(150), "150"]
     saved = sorted((p.relative_to(target), p.lstat()) for p in target.rglob("*"))
     for _ in range(2):
         found = rig.restore(target).stdout.split()
         assert int(found[0]) > 10
-        assert found == [*numbers(60), "60"][int(found[0]) - 1 :]
+        assert found == [*numbers(150), "150"][int(found[0]) - 1 :]
     unread = [(path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in saved]
     now = [(p.relative_to(target), p.lstat()) for p in target.rglob("*")]
     assert sorted((path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in now) == unread, "it was changed"

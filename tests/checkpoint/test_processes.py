@@ -53,6 +53,12 @@ def test_everything_that_a_process_has(rig: Rig, kinds: Path, flags: tuple[str, 
     assert continued(rig, process) == [f"{thing} ok" for thing in ALL]
 
 
+def test_connections_that_are_being_made(rig: Rig, kinds: Path) -> None:
+    """CRIU cannot save one that is not accepted yet; most of the time there is one here."""
+    process = begin(rig, kinds, "knocks", "--network", "none")
+    assert continued(rig, process) == ["knocks ok"]
+
+
 @pytest.mark.parametrize(
     ("what", "answer"), [("threads 1000", "sum 499500"), ("processes 1000", "ended 1000"), ("files 10000", "good 10000")]
 )

@@ -66,6 +66,30 @@ def test_a_lazy_job_that_ends_or_loses_its_memory(rig: Rig) -> None:
         assert process.returncode == 0
 
 
+@pytest.mark.parametrize("flags", [(), ("--lazy",)], ids=["at once", "lazily"])
+def test_nothing_runs_with_a_changed_byte_of_memory(rig: Rig, flags: tuple[str, ...]) -> None:
+    userns = ("--userns", "off") if rig.root and flags else ()  # nobody else can be lazy everywhere
+    first, target = frozen_with_memory(rig, *userns)
+    memory = max((target / "processes").glob("pages-*.img"), key=lambda path: path.stat().st_size)
+    assert memory.stat().st_size > MEGABYTES << 20, "it is less than what is seen before the processes are restored"
+
+    def flip() -> None:
+        with memory.open("r+b") as f:
+            f.seek(memory.stat().st_size // 2)
+            byte = f.read(1)[0]
+            f.seek(-1, os.SEEK_CUR)
+            f.write(bytes([byte ^ 1]))
+
+    flip()
+    done = rig.restore(target, *flags, stdin="go\n")
+    refused(done, 125, f"{target} cannot be continued here: processes/{memory.name} was changed")
+    assert done.stdout == ""
+    assert rig.run("ps").stdout.count("\n") == 1, "something of it runs"
+    assert f"processes/{memory.name} was changed" in rig.run("check", target).stdout
+    flip()
+    assert rig.restore(target, *flags, stdin="go\n").stdout == first
+
+
 def kids(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -204,6 +228,8 @@ def test_timings_and_statistics(rig: Rig) -> None:
     job = rig.run.background("sleep 1000")
     done = rig.run("checkpoint", "--timings", "--to", rig.path("c"), job)
     assert done.status == 0
+    target = rig.path("c")
+    refused(rig.restore(target, "--detach", "--timings"), 125, "--timings needs the foreground")
     for step in ("start of CRIU", "processes", "files", "hashes", "end of the job", "stood still"):
         assert step in done.stderr, done
     record = json.loads((rig.path("c") / "manifest.json").read_text())["statistics"]

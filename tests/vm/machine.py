@@ -74,7 +74,7 @@ def boot(guest: Guest, work: Path, directory: Path) -> Outcome:
     seconds = time.monotonic() - began
     text = console_file.read_text(errors="replace")
     # tar of an empty disk succeeds, and there is no junit.xml then.
-    unpacked = subprocess.run(["tar", "-xf", result, "-C", directory], capture_output=True, check=False)
+    unpacked = subprocess.run(["tar", "--numeric-owner", "-xf", result, "-C", directory], capture_output=True, check=False)
     if not problem and (unpacked.returncode or not (directory / "junit.xml").exists()):
         problem = "it sent no result"
     result.unlink()

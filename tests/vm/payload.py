@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -41,7 +43,7 @@ echo "vm: the tests begin at $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
     echo $? >/out/status
 } | tee /out/log >/dev/console
 echo "vm: the tests end at $(cut -d ' ' -f 1 /proc/uptime) s" >/dev/console
-tar -C /out -cf /dev/vdd .
+tar -C /out --numeric-owner -cf /dev/vdd .
 sync
 @END@
 """
@@ -88,14 +90,50 @@ def cross_built(target: Path) -> None:
 
 
 TOOLBOX = """\
-# The distribution's CRIU in the place of ours, which is made for the host's architecture only.
+# CRIU with this system's libraries, in the place of that which is made for the host's architecture.
 toolbox=/vm/site/imgrun_criu/toolbox
 mkdir -p $toolbox
-cp /usr/sbin/criu $toolbox/
+cp /vm/criu $toolbox/
 cp -L /lib/ld-linux-aarch64.so.1 $toolbox/ld.so
-for library in $(ldd /usr/sbin/criu | sed -n 's/.* => \\(\\/[^ ]*\\) .*/\\1/p'); do cp -L $library $toolbox/; done
-printf '{"version": "%s", "patches": []}' "$(criu --version | sed -n 's/^Version: //p')" >/vm/site/imgrun_criu/build.json
+for library in $(ldd /vm/criu | sed -n 's/.* => \\(\\/[^ ]*\\) .*/\\1/p'); do cp -L $library $toolbox/; done
 """
+CRIU_NEEDS = ("libc6-dev", "libprotobuf-c-dev", "libnl-3-dev", "libnet1-dev", "libcap-dev", "uuid-dev")
+
+
+def cross_built_criu(target: Path) -> None:
+    """imgrun's CRIU compiled for aarch64 as ``target/criu``, with its record for imgrun_criu."""
+    tools = ROOT / "tools/criu"
+    patches = sorted((tools / "patches").glob("*.patch"))
+    source = Path(run(ROOT / "tools/fetch", "criu").strip())
+
+    def make(part: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="imgrun-vm-") as scratch:
+            sources = Path(scratch) / "criu"
+            sources.mkdir()
+            run("tar", "-xf", source, "-C", sources, "--strip-components=1", "--no-same-owner")
+            for patch in patches:
+                run("patch", "--batch", "--forward", "--fuzz=0", "--strip=1", f"--input={patch}", cwd=sources)
+            # As the compiler's own C library, so that it finds all it needs there.
+            release = debs.Packages(_codename(), "arm64", "extract", CRIU_NEEDS)
+            system = debs.unpacked(release, Path(scratch) / "system")
+            libraries = f"{system}/usr/lib/aarch64-linux-gnu"
+            pkg_config = {"PKG_CONFIG_LIBDIR": f"{libraries}/pkgconfig", "PKG_CONFIG_SYSROOT_DIR": str(system)}
+            run(
+                "make", f"-j{os.cpu_count()}", "ARCH=aarch64", f"CROSS_COMPILE={CROSS}", f"CC={CROSS}gcc --sysroot={system}",
+                f"PKG_CONFIG={tools / 'pkg-config'}", "PLUGINDIR=/proc/none", "FEATURE_TEST_LIBBSD_DEV=#error",
+                "GOOGLE_INCLUDE=/usr/include/google/protobuf", "criu", cwd=sources,
+                env=pkg_config,
+            )  # fmt: skip
+            run(f"{CROSS}strip", "-o", part, sources / "criu/criu")
+
+    texts = [patch.read_text() for patch in patches]
+    shutil.copy(cached("criu-arm64", digest(source.name, texts, CRIU_NEEDS), make), target / "criu")
+    record = {"version": source.name.split("_")[1].removesuffix(".orig.tar.xz"), "patches": [patch.stem for patch in patches]}
+    (target / "site/imgrun_criu/build.json").write_text(json.dumps(record))
+
+
+def _codename() -> str:
+    return platform.freedesktop_os_release()["VERSION_CODENAME"]
 
 
 def programs(guest: Guest, target: Path) -> None:
@@ -150,17 +188,19 @@ def work_disk(guest: Guest, directory: Path, given: dict[str, Path]) -> Path:
     (tree / "imgrun").write_text("#!/usr/bin/python3\nimport sys\nfrom imgrun.cli import main\nsys.exit(main())\n")
     (tree / "imgrun").chmod(0o755)
     shutil.copytree(HERE / "guest", tree / "tests/guest", ignore=shutil.ignore_patterns("__pycache__"))
-    for kind in ("squashfs",) if guest.arm else ("squashfs", "ext4"):
+    for kind in ("squashfs",) if guest.arm else ("squashfs", "ext4", "erofs"):
         shutil.copy(small_image(guest, kind), tree / f"images/small.{kind}")
     if guest.arm:
         shutil.copytree(ROOT / "tools/criu/imgrun_criu", tree / "site/imgrun_criu")
+        cross_built_criu(tree)
     other = 62 if guest.arm else 183
     foreign = build_tree(scratch / "foreign", program=elf_header(other))
     make_filesystem("squashfs", tree / "images/foreign.squashfs", foreign)
     if "test_init.py" in guest.tests:
         run("cp", "--sparse=always", systemd_image(), tree / "images/systemd.img")
     for name, path in given.items():
-        shutil.copytree(path, tree / "given" / name, symlinks=True)
+        (tree / "given").mkdir(exist_ok=True)
+        run("cp", "-a", path, tree / "given" / name)  # with its owners
     end = "systemctl poweroff --force --force" if guest.systemd else "busybox poweroff -f"
     tests = " ".join(f"guest/{name}" for name in guest.tests)
     words = {

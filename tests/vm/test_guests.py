@@ -15,7 +15,7 @@ from vm.guests import GUESTS, Guest
 if TYPE_CHECKING:
     from vm.conftest import Runs
 
-CHOSEN = {name: guest for name, guest in GUESTS.items() if guest.ready or os.environ.get("IMGRUN_VM_ALL")}
+CHOSEN = {name: guest for name, guest in GUESTS.items() if guest.always or os.environ.get("IMGRUN_VM_ALL")}
 INSIDE = Path(__file__).parent / "guest"
 TIMEOUT = 1500
 

@@ -83,8 +83,9 @@ class Imgrun:
         return dict(json.loads(self.good("inspect", job))["result"])
 
     def reaches(self, job: str, line: str) -> None:
-        """Wait until the job has printed this line."""
-        eventually(lambda: line in self("logs", job).stdout.splitlines(), f"{job} prints {line}: {self('logs', job)}")
+        """Wait until the job has printed this line. Its file is looked at: ``imgrun logs`` takes a second here."""
+        printed = self.state / "jobs" / job / "stdout"
+        eventually(lambda: line in printed.read_text().splitlines(), lambda: f"{job} prints {line}: {self('logs', job)}")
 
     def close(self) -> None:
         for process in self._processes:
@@ -95,10 +96,11 @@ class Imgrun:
             assert self("rm", "--force", *jobs).status == 0
 
 
-def eventually(condition: Callable[[], Any], what: str = "", timeout: float = PATIENCE) -> Any:
-    deadline = time.monotonic() + timeout
+def eventually(condition: Callable[[], Any], what: Callable[[], str]) -> Any:
+    """Wait for the condition. ``what`` tells, at the end of all patience, what it was and how things stand."""
+    deadline = time.monotonic() + PATIENCE
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"did not happen in {timeout} s: {what or condition}"
+        assert time.monotonic() < deadline, f"did not happen in {PATIENCE} s: {what()}"
         time.sleep(0.5)
     return found
 
@@ -131,7 +133,7 @@ def make(room: Path) -> Iterator[Callable[..., Imgrun]]:
     yield make
     for imgrun in made:
         imgrun.close()
-    eventually(lambda: not list(job_cgroups()), f"cgroups go: {list(job_cgroups())}")
+    eventually(lambda: not list(job_cgroups()), lambda: f"cgroups go: {list(job_cgroups())}")
     # Under systemd all mounts are shared: one that a job makes must not come back to the host.
     assert mounts() == before, "a job changed the host's mounts"
 
@@ -163,9 +165,7 @@ def facts() -> Iterator[dict[str, Any]]:
     """What the guest is, and what was found out about it, for the table of docs/compatibility.md."""
     import imgrun_criu
 
-    release = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
-    )
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)
     build = json.loads(Path(imgrun_criu.__file__).with_name("build.json").read_text())
     facts: dict[str, Any] = {
         "kernel": platform.release(), "machine": platform.machine(), "python": platform.python_version(),

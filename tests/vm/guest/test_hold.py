@@ -13,7 +13,7 @@ def held(imgrun: Imgrun, *words: str | Path) -> str:
     """Start a job that needs more than it may have, and wait until it is held."""
     command = ("sh", "-c", "hold 120 /proc; echo done")
     job = imgrun.good("start", "-d", *FLAGS, *words, IMAGES / "small.squashfs", "--", *command).strip()
-    eventually(lambda: f"{job}  -     held" in imgrun("ps").stdout, f"{job} is held: {imgrun('ps', '-a').stdout}")
+    eventually(lambda: f"{job}  -     held" in imgrun("ps").stdout, lambda: f"{job} is held: {imgrun('ps', '-a').stdout}")
     return job
 
 

@@ -78,6 +78,17 @@ def test_a_memory_kill_of_a_users_job_is_told(user: Imgrun, room: Path) -> None:
     killed_for_memory(user, room / "u/result.json")
 
 
+def test_who_asks_for_more_than_the_host_has_is_told_so(root: Imgrun, room: Path) -> None:
+    """Without a limit. The kernel chooses the job, and nothing else of the host's ends."""
+    record = room / "result.json"
+    script = "for i in 1 2 3; do hold 900 /never & done; sleep 1000"
+    done = root("start", "--result", record, IMAGES / "small.squashfs", "--", "sh", "-c", script)
+    assert done.status == 137, done
+    assert "the host ran out of memory, and the kernel killed it" in done.stderr, done
+    assert "hold" in done.stderr.partition("largest processes")[2]
+    assert json.loads(record.read_text())["reason"] == "host-memory"
+
+
 def test_a_killed_child_alone_does_not_make_the_verdict(root: Imgrun, room: Path) -> None:
     """A job that ends by SIGKILL within its memory was not killed for memory."""
     record = room / "result.json"

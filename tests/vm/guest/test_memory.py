@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from guest.conftest import IMAGES, Imgrun
 
-MEGABYTES = 64
+MEGABYTES = 32
 
 
 def rounds_and_lazily(imgrun: Imgrun, room: Path, rounds: str) -> None:

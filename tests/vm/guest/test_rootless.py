@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_exec_out_of_reach(user: Imgrun, make: Callable[..., Imgrun]) -> None:
 
 
 def test_an_image_of_every_kind(user: Imgrun) -> None:
-    for kind in ("squashfs", "ext4"):
+    for kind in ("squashfs", "ext4", *(["erofs"] if shutil.which("erofsfuse") else [])):
         lines = user.good("start", IMAGES / f"small.{kind}", "--", "sh", "-c", "echo x >/f; cat /f; stat -c %u /bin/sh")
         assert lines.split() == ["x", "0"], kind
 

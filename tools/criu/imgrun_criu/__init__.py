@@ -5,14 +5,16 @@ whose own root file system need not have any of these.
 """
 
 import json
+import os
 from functools import cache
-from pathlib import Path
 from typing import Any
+
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def path() -> str:
     """The directory with ``criu``, ``ld.so`` and the libraries."""
-    return str(Path(__file__).parent / "toolbox")
+    return f"{HERE}/toolbox"
 
 
 def command() -> list[str]:
@@ -23,7 +25,8 @@ def command() -> list[str]:
 @cache
 def build() -> dict[str, Any]:
     """What this CRIU was made from: ``version``, ``patches``, ``patches_id``, ``source``, ``sha256``, ``arch``."""
-    record: dict[str, Any] = json.loads((Path(__file__).parent / "build.json").read_text())
+    with open(f"{HERE}/build.json", encoding="utf-8") as f:
+        record: dict[str, Any] = json.load(f)
     return record
 
 
