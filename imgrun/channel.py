@@ -43,9 +43,7 @@ class Channel:
     def receive(self) -> tuple[dict[str, Any], list[int]] | None:
         """The next message and its descriptors, close-on-exec; None when the other end is gone."""
         try:
-            data, ancillary, _, _ = self._sock.recvmsg(
-                MAX_BYTES, _socket.CMSG_SPACE(MAX_FDS * 4), _socket.MSG_CMSG_CLOEXEC
-            )
+            data, ancillary, _, _ = self._sock.recvmsg(MAX_BYTES, _socket.CMSG_SPACE(MAX_FDS * 4), _socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
             return None
         fds = array.array("i")

@@ -217,8 +217,10 @@ class _Saving:
         self.mark("processes")
         began = time.monotonic()
         self._settle_scratch()
-        with contextlib.nullcontext() if self._stays else captured.copying(
-            self.subject.scratch, self.layers, f"{self.building}/files"
+        with (
+            contextlib.nullcontext()
+            if self._stays
+            else captured.copying(self.subject.scratch, self.layers, f"{self.building}/files")
         ):
             session.in_job("save")
             self.mark("memory file systems")
@@ -338,9 +340,7 @@ class _Saving:
             archive.check_holdable(top, self.layers)
             self._list_files(files)
             self._write_manifest(sync=False)
-            archive.write(
-                Archive(path, building, self.how.output, self.how.compress), self.building, top, self.layers
-            )
+            archive.write(Archive(path, building, self.how.output, self.how.compress), self.building, top, self.layers)
         finally:
             os.close(top)
         self.mark("archive")

@@ -19,7 +19,11 @@ def describe(spec: JobSpec) -> list[str]:
     sources = [RootImage(info, spec.root), ScratchDir.planned(spec.scratch_size), Shim(init_shim.program())]
     hostname = spec.hostname or spec.name or "job-ID"
     plan = build_plan(
-        spec, hostname=hostname, base_sources=[*sources], cgroup_views=(("", "DIR"),), owner=None,
+        spec,
+        hostname=hostname,
+        base_sources=[*sources],
+        cgroup_views=(("", "DIR"),),
+        owner=None,
         host_ids=spec.userns == "off",
     )
     asked = [f"{key}={value}" for key, value in spec.limits()._asdict().items() if value not in (None, ())]
@@ -36,8 +40,7 @@ def describe(spec: JobSpec) -> list[str]:
         *plan.lines()[: len(plan.sources)],
         f"supervisor: make namespaces: {', '.join(kinds)}",
         *plan.lines()[len(plan.sources) :],
-        f"job: set hostname {hostname}, drop capabilities, set no_new_privs"
-        + _filter(spec),
+        f"job: set hostname {hostname}, drop capabilities, set no_new_privs" + _filter(spec),
         f"job: execute {what} as {spec.user or 'root'} in {spec.workdir or '/'}, with --init {spec.init}",
     ]
 

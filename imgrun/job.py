@@ -46,9 +46,7 @@ class Job:
         return self._dir.path
 
     @classmethod
-    def start(
-        cls, spec: JobSpec, *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None
-    ) -> Job:
+    def start(cls, spec: JobSpec, *, stdin: int | None = None, stdout: int | None = None, stderr: int | None = None) -> Job:
         """Start a job and return once its command runs.
 
         Descriptors that are not given: input is empty, output is kept with the job (:meth:`output`). The job goes on
@@ -191,9 +189,7 @@ class Job:
                 raise TimeoutError(f"job {self.id} still runs")
             time.sleep(0.01)
 
-    def _request(
-        self, patience: float | None = PATIENCE, fds: tuple[int, ...] = (), /, **message: Any
-    ) -> dict[str, Any]:
+    def _request(self, patience: float | None = PATIENCE, fds: tuple[int, ...] = (), /, **message: Any) -> dict[str, Any]:
         try:
             here = os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -415,5 +411,3 @@ def _end_init(live: dict[str, Any]) -> None:
         pass
     finally:
         os.close(fd)
-
-

@@ -225,9 +225,7 @@ def _run(entry: Entry) -> None:
 # -- in the process that asked ----------------------------------------------------------------------------------------
 
 
-def _accompany(
-    pid: int, channel: Channel, status: int, command: tuple[str, ...], cwd: str, user: str, stdin: bool
-) -> int:
+def _accompany(pid: int, channel: Channel, status: int, command: tuple[str, ...], cwd: str, user: str, stdin: bool) -> int:
     """Wait for the command, passing on signals, its input and its output."""
     relay = Relay()
     terminal: Terminal | None = None

@@ -1,8 +1,8 @@
 """The state root: one directory per job, what is written there, and how the leftovers of a killed supervisor are found.
 
-    ROOT/jobs/ID/        job.json spec.json state.json result.json control stdout stderr scratch/
-    ROOT/names/NAME      a symbolic link to the id: a name is unique because a link can be made once
-    ROOT/live/ID         locked (flock) by the job's supervisor for its life: locked means alive, unlocked means leftovers
+ROOT/jobs/ID/        job.json spec.json state.json result.json control stdout stderr scratch/
+ROOT/names/NAME      a symbolic link to the id: a name is unique because a link can be made once
+ROOT/live/ID         locked (flock) by the job's supervisor for its life: locked means alive, unlocked means leftovers
 """
 
 from __future__ import annotations

@@ -140,9 +140,7 @@ def perf_event_open(
     exclude_kernel: bool,
 ) -> int:
     """Open a counter that is read as three 64-bit numbers: count, time enabled, time running (perf_event_open(2))."""
-    return _checked(
-        _lib.ig_perf_event_open(type, config, pid, cpu, group, flags, inherit, enable_on_exec, exclude_kernel)
-    )
+    return _checked(_lib.ig_perf_event_open(type, config, pid, cpu, group, flags, inherit, enable_on_exec, exclude_kernel))
 
 
 def fs_magic(path: str) -> int:
@@ -287,12 +285,8 @@ def loop_get_free(control_fd: int) -> int:
     return _checked(_lib.ig_loop_get_free(control_fd))
 
 
-def loop_configure(
-    loop_fd: int, image_fd: int, *, offset: int, size: int, block_size: int, flags: int, name: str
-) -> None:
-    _checked(
-        _lib.ig_loop_configure(loop_fd, image_fd, offset, size, block_size, flags, os.fsencode(name)[:63]), name
-    )
+def loop_configure(loop_fd: int, image_fd: int, *, offset: int, size: int, block_size: int, flags: int, name: str) -> None:
+    _checked(_lib.ig_loop_configure(loop_fd, image_fd, offset, size, block_size, flags, os.fsencode(name)[:63]), name)
 
 
 def loop_get_status(loop_fd: int) -> LoopStatus:

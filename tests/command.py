@@ -42,9 +42,7 @@ class Imgrun:
         """``imgrun WORDS`` to its end. Its input is empty unless given."""
         if isinstance(stdin, str):
             stdin = stdin.encode()
-        process = self.popen(
-            *words, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, env=env, **options
-        )
+        process = self.popen(*words, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE, env=env, **options)
         try:
             stdout, stderr = process.communicate(stdin, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -57,9 +55,7 @@ class Imgrun:
         """``imgrun WORDS`` with its streams as pipes, unless told otherwise."""
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         streams["bufsize"] = 0  # what readline() had read ahead, communicate() would not return
-        process = subprocess.Popen(
-            [*COMMAND, *map(str, words)], env={**os.environ, **(env or {})}, **{**streams, **options}
-        )
+        process = subprocess.Popen([*COMMAND, *map(str, words)], env={**os.environ, **(env or {})}, **{**streams, **options})
         self._processes.append(process)
         return process
 

@@ -271,5 +271,3 @@ def _files(checkpoint: Checkpoint, memory: bool) -> list[Finding]:
         text = f"what the job wrote to disk, {tree['entries']} entries, {tree['bytes'] >> 20} MiB, is as written"
         found.append(Finding("ok", "files", text))
     return found
-
-

@@ -39,5 +39,3 @@ def check(what: str, as_json: bool) -> NoReturn:
             if finding.hint and finding.level != "ok":
                 print(f"{'':23} {printable(finding.hint)}")
     raise click.exceptions.Exit(1 if any(finding.level == "refused" for finding in found) else 0)
-
-

@@ -14,9 +14,7 @@ from imgrun.signals import parse_signal
 from imgrun.units import parse_duration
 
 
-@click.command(
-    "exec", context_settings={"allow_interspersed_args": False}, short_help="Run another command in a running job."
-)
+@click.command("exec", context_settings={"allow_interspersed_args": False}, short_help="Run another command in a running job.")
 @click.option("-i", "--interactive", is_flag=True, help="Pass standard input on.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("-u", "--user", metavar="USER[:GROUP]", help="Who it runs as (default: the job's user).")

@@ -252,9 +252,7 @@ def run_foreground(
     root = StateRoot()
     collect(root)
     job = root.create(spec.to_dict(), keep=keep, continues=checkpoint is not None)
-    stdio = Stdio(
-        own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal
-    )
+    stdio = Stdio(own_description(0, os.O_RDONLY), own_description(1, os.O_WRONLY), own_description(2, os.O_WRONLY), terminal)
     supervisor = Supervisor(
         job, spec, stdio, on_started=on_started, checkpoint=checkpoint, stop_at_checkpoint=stop_at_checkpoint
     )

@@ -79,9 +79,7 @@ def parse_rlimit(text: str, what: str = "--rlimit") -> Rlimit:
     soft = _value(name, soft_text, what)
     hard = _value(name, hard_text, what) if colon else soft
     if hard is not None and (soft is None or soft > hard):
-        raise SpecError(
-            f"{what}: {text!r} has a soft limit above its hard limit", "write the soft one first: SOFT:HARD"
-        )
+        raise SpecError(f"{what}: {text!r} has a soft limit above its hard limit", "write the soft one first: SOFT:HARD")
     return Rlimit(name, soft, hard)
 
 

@@ -190,9 +190,7 @@ class Bind(Source):
         sc.mount_setattr(tree, set=attributes, recursive=True)
         if self.mount.idmap and self.owner is not None:
             uid, gid = self.owner
-            single = userns_descriptor(
-                IdMap((IdRange(status.st_uid, uid, 1),), (IdRange(status.st_gid, gid, 1),))
-            )
+            single = userns_descriptor(IdMap((IdRange(status.st_uid, uid, 1),), (IdRange(status.st_gid, gid, 1),)))
             try:
                 id_map(tree, single, f"the file system of {source}")
             finally:

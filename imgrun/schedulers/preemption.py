@@ -17,9 +17,7 @@ def seconds(memory: int, rate: int) -> int:
     return -(-memory // rate)
 
 
-def warn_if_short(
-    spec: JobSpec, memory: int, grace: float | None, rate: int, event: str, warn: Callable[[str], None]
-) -> None:
+def warn_if_short(spec: JobSpec, memory: int, grace: float | None, rate: int, event: str, warn: Callable[[str], None]) -> None:
     """Say at the start that ``event`` may lose work, when this memory may not be saved in the seconds that it leaves.
 
     ``grace`` is None where that is not known. Periodic checkpoints bound what is lost.

@@ -20,9 +20,7 @@ def scontrol(*words: str, patience: float = PATIENCE) -> str | None:
     if program is None:
         return None
     try:
-        done = subprocess.run(
-            [program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=patience, check=False
-        )
+        done = subprocess.run([program, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=patience, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None

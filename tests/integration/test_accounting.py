@@ -25,9 +25,7 @@ FOREVER = "while :; do sleep 0.05; done"
 
 def counted(measured: Measured, *words: str) -> dict[str, Any]:
     """What is counted of a run of ``counted``, with what that says itself as ``said``."""
-    done = measured.run.start(
-        *measured.flags, "--result", measured.directory / "r.json", "--", "/x/counted", *words
-    )
+    done = measured.run.start(*measured.flags, "--result", measured.directory / "r.json", "--", "/x/counted", *words)
     assert done.status == 0, done
     measured.record = json.loads((measured.directory / "r.json").read_text())
     if measured.counts["page_faults"] is None:
@@ -138,7 +136,7 @@ def test_a_classad_that_htcondor_reads(measured: Measured, tmp_path: Path) -> No
     ipc = measured.usage["rates"]["ipc"]
     assert ad.eval("RemoteIPC") == (undefined if ipc is None else pytest.approx(ipc))
     assert ad.eval("HoldReason") == undefined
-    measured.sh('/x/counted hold 99', "--memory", "32M", "--swap", "0", "--classad", path)
+    measured.sh("/x/counted hold 99", "--memory", "32M", "--swap", "0", "--classad", path)
     ad = classad2.parseOne(path.read_text())
     assert ad["HoldReason"] == measured.record["hold_reason"]
     assert (ad["ExitBySignal"], ad["ExitSignal"]) == (True, 9)

@@ -265,7 +265,11 @@ def test_the_launcher_is_killed_again_and_again(image: Path) -> None:
 
 def python(code: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", code], text=True, timeout=60, check=False, **options  # type: ignore[call-overload]
+        [sys.executable, "-W", "error", "-X", "dev", "-c", code],
+        text=True,
+        timeout=60,
+        check=False,
+        **options,  # type: ignore[call-overload]
     )
 
 
@@ -279,15 +283,15 @@ def start(*command):
 
 def test_a_program_ends_and_its_job_does_not(image: Path, run: Imgrun) -> None:
     """The job holds none of the program's streams, and the program has nothing to wait for."""
-    done = python(
-        PROGRAM + "print(start('sleep', '30').id)", capture_output=True, env={**os.environ, "IMAGE": str(image)}
-    )
+    done = python(PROGRAM + "print(start('sleep', '30').id)", capture_output=True, env={**os.environ, "IMAGE": str(image)})
     assert (done.returncode, done.stderr) == (0, "")
     assert run("ps", "-q").stdout == done.stdout
 
 
 def test_a_program_that_forks(image: Path) -> None:
-    code = PROGRAM + """
+    code = (
+        PROGRAM
+        + """
 first = start("sh", "-c", "exit 1")
 pid = os.fork()
 if pid == 0:
@@ -295,18 +299,22 @@ if pid == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
 print(first.wait().exit_code, start("sh", "-c", "exit 3").wait().exit_code)
 """
+    )
     done = python(code, capture_output=True, env={**os.environ, "IMAGE": str(image)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 3\n", "")
 
 
 def test_a_program_that_waits_for_its_children_sees_none_of_ours(image: Path) -> None:
-    code = PROGRAM + """
+    code = (
+        PROGRAM
+        + """
 job = start("sleep", "30")
 try:
     os.wait()
 except ChildProcessError:
     print("none")
 """
+    )
     done = python(code, capture_output=True, env={**os.environ, "IMAGE": str(image)})
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "none\n"
@@ -316,13 +324,16 @@ def test_a_program_in_a_strange_place(image: Path, tmp_path: Path) -> None:
     """Its directory may hold modules with our names, or be gone; descriptors 0 to 2 may be closed."""
     (tmp_path / "json.py").write_text("raise SystemExit('the wrong json')")
     (tmp_path / "imgrun").mkdir()
-    code = PROGRAM + """
+    code = (
+        PROGRAM
+        + """
 if os.getcwd().endswith("gone"):
     os.rmdir(os.getcwd())
 for fd in (0, 1, 2):
     os.close(fd)
 os._exit(start("sh", "-c", "exit 7").wait().exit_code)
 """
+    )
     for cwd in (tmp_path, tmp_path / "gone"):
         cwd.mkdir(exist_ok=True)
         command = [sys.executable, "-P", "-c", code]

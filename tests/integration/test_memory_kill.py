@@ -201,7 +201,7 @@ def test_a_full_scratch(measured: Measured) -> None:
 
 def test_the_job_is_killed_rather_than_its_supervisor(run: Imgrun) -> None:
     for own, wanted in ((0, 500), (450, 550), (950, 1000), (1000, 1000)):
-        script = f"echo {own} > /proc/self/oom_score_adj && exec \"$@\""
+        script = f'echo {own} > /proc/self/oom_score_adj && exec "$@"'
         words = ("start", run.image, "--", "cat", "/proc/self/oom_score_adj")
         from subprocess import run as run_process
 

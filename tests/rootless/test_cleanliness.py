@@ -16,8 +16,10 @@ from ordinary import AsUser, has_route
 
 from images import Images
 
-WORK = ("mkdir -p /d/e/g; touch /d/e/f; chown -R 1000:1000 /d/e 2>/dev/null; chmod 0 /d/e; touch /tmp/f;"
-        "(setsid sleep 1000 &); echo ready; sleep 1000")
+WORK = (
+    "mkdir -p /d/e/g; touch /d/e/f; chown -R 1000:1000 /d/e 2>/dev/null; chmod 0 /d/e; touch /tmp/f;"
+    "(setsid sleep 1000 &); echo ready; sleep 1000"
+)
 """Leaves files of a subordinate id, in a directory that its owner may not enter, and a daemon."""
 
 

@@ -50,7 +50,7 @@ class Outer:
 
     def sh(self, script: str, *flags: str, **options: object) -> Done:
         """A script in an outer job; ``imgrun`` in it is the command."""
-        prelude = f"imgrun() {{ {INNER} \"$@\"; }}\n"
+        prelude = f'imgrun() {{ {INNER} "$@"; }}\n'
         return self.run("start", *self.flags, *flags, self.tree, "--", "sh", "-c", prelude + script, **options)  # type: ignore[arg-type]
 
     def second(self) -> str:

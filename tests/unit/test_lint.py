@@ -13,8 +13,8 @@ PROJECT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "command",
-    [("ruff", "check", "--no-cache", "."), ("mypy", "--strict")],
-    ids=lambda command: command[0],
+    [("ruff", "check", "--no-cache", "."), ("ruff", "format", "--check", "--no-cache", "."), ("mypy", "--strict")],
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_clean(command: tuple[str, ...]) -> None:
     program = Path(sys.executable).parent / command[0]

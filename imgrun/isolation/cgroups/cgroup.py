@@ -82,9 +82,7 @@ class JobCgroup:
         name = fs.PREFIX + job_id
         required = places.v2_wanted & lim.needed(limits).keys()
         place = _settle(places.place, required, job_id)
-        directories: list[Directory] = [
-            v1.V1Directory(f"{tree.own}/{name}", tree.controllers) for tree in places.v1
-        ]
+        directories: list[Directory] = [v1.V1Directory(f"{tree.own}/{name}", tree.controllers) for tree in places.v1]
         if place is not None:
             directories.insert(0, v2.V2Directory(f"{place.parent}/{name}"))
         announce([directory.path for directory in directories])
@@ -488,5 +486,3 @@ def doctor() -> list[Finding]:
     from imgrun.isolation.cgroups.doctor import examine
 
     return examine()
-
-

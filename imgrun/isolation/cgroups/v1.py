@@ -53,9 +53,7 @@ def _check_swap(tree: fs.Tree, limits: Limits) -> None:
             "boot it with swapaccount=1, or leave --swap out",
         )
     if limits.memory is None:
-        raise LimitError(
-            "--swap needs --memory here: cgroup v1 limits only the sum of memory and swap", "add --memory SIZE"
-        )
+        raise LimitError("--swap needs --memory here: cgroup v1 limits only the sum of memory and swap", "add --memory SIZE")
 
 
 def _check_cpus(tree: fs.Tree, cpus: float) -> None:
