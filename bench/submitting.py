@@ -155,10 +155,7 @@ class Slurm(Way):
         await_that(lambda: self.cluster.job(self.job)["JobState"] in states, f"the job is not {states[0]}")
 
     def resume(self) -> float:
-        time.sleep(2)  # in the second in which it was ended, it must not start again: its credential is revoked
-        resumed = time.time()
-        self.cluster.release(self.job)
-        return resumed
+        return self.cluster.release(self.job)
 
     def end(self) -> None:
         self.cluster.reaches(self.job, "COMPLETED")

@@ -196,9 +196,15 @@ class Cluster:
 
         self.await_that(reached, f"job {job} is {' or '.join(states)}")
 
-    def release(self, job: str) -> None:
-        """Let a job that was queued again start now, and not in two minutes."""
+    def release(self, job: str) -> float:
+        """Let a job that was queued again start now, and not in two minutes; when that was (time.time).
+
+        Not in the second in which it was ended, when its credential is revoked: it would fail.
+        """
+        time.sleep(2)
+        moment = time.time()
         self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return moment
 
     def take_node_back(self) -> None:
         """After it was taken away. It may have come back by itself."""

@@ -91,9 +91,9 @@ class Levels:
     def _own_was_full(self) -> bool:
         """Whether the job has ever met its own limit, which can be read where others cannot be watched."""
         limit = self._limit(self._own.path)
-        peak = fs.number(f"{self._own.path}/memory.max_usage_in_bytes") or 0
+        peak = fs.number(f"{self._own.path}/memory.max_usage_in_bytes")
         # That of memory and swap together counts too.
-        return limit is not None and (peak >= limit or bool(self._own.memory_events().at_limit))
+        return limit is not None and (v1.was_full(peak, limit) or bool(self._own.memory_events().at_limit))
 
     def _tightest_above(self) -> Culprit:
         """The cgroup above with the least limit, where none of them could be watched; if none has one, one out of sight."""

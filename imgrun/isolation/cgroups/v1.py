@@ -16,6 +16,8 @@ from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
 
 UNLIMITED = -1
+LARGEST_CHARGE = 8 * os.sysconf("SC_PAGE_SIZE")
+"""Bytes at once for which the kernel kills, at the most (PAGE_ALLOC_COSTLY_ORDER in include/linux/mmzone.h)."""
 
 THROTTLE = (
     ("rbps", "blkio.throttle.read_bps_device"),
@@ -28,6 +30,11 @@ THROTTLE = (
 def controls_of(controllers: tuple[str, ...]) -> frozenset[str]:
     """The controllers of a hierarchy under the names that v2 has for them."""
     return frozenset({"blkio": "io", "freezer": "freeze"}.get(name, name) for name in controllers)
+
+
+def was_full(peak: int | None, limit: int | None) -> bool:
+    """Whether something can have been refused for this limit, by the most that was ever held; both in bytes."""
+    return peak is not None and limit is not None and peak + LARGEST_CHARGE > limit
 
 
 # ---- before anything is changed ---------------------------------------------------------------------------------
@@ -262,7 +269,7 @@ class V1Directory:
         memory, both, peak, limit = (fs.number(f"{self.path}/memory.{name}") for name in names)
         if memory is None:
             return None
-        return max(memory + (both or 0), int(peak is not None and limit is not None and peak >= limit))
+        return max(memory + (both or 0), int(was_full(peak, limit)))
 
     def open_memory_events(self) -> int:
         """An eventfd that becomes readable when the job is out of memory, and when the directory is removed."""
