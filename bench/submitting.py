@@ -155,7 +155,7 @@ class Slurm(Way):
         await_that(lambda: self.cluster.job(self.job)["JobState"] in states, f"the job is not {states[0]}")
 
     def resume(self) -> float:
-        return self.cluster.release(self.job)
+        return float(self.cluster.release(self.job))
 
     def end(self) -> None:
         self.cluster.reaches(self.job, "COMPLETED")
