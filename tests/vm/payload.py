@@ -9,6 +9,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from images import build_tree, elf_header, make_filesystem
@@ -192,6 +193,9 @@ def work_disk(guest: Guest, directory: Path, given: dict[str, Path]) -> Path:
         shutil.copy(small_image(guest, kind), tree / f"images/small.{kind}")
     if guest.arm:
         shutil.copytree(ROOT / "tools/criu/imgrun_criu", tree / "site/imgrun_criu")
+        # Python alone, and so of no architecture.
+        pycriu = Path(str(import_module("pycriu").__file__)).parent
+        shutil.copytree(pycriu, tree / "site/pycriu", ignore=shutil.ignore_patterns("__pycache__"))
         cross_built_criu(tree)
     other = 62 if guest.arm else 183
     foreign = build_tree(scratch / "foreign", program=elf_header(other))

@@ -109,6 +109,8 @@ class Levels:
     def culprit(self) -> Culprit:
         """Who it was at the last kill in the job."""
         if self._own.version == 1:
+            if self._fired is None and self._own_was_full():
+                self.note_event()  # the job ended before anybody looked, as where it could not even start
             return self._fired or Culprit("host")
         for path in self._above:
             if self._times_out(path) > self._counts[path]:
