@@ -76,7 +76,7 @@ def save(subject: Subject, target: str, how: How) -> Saved:
             raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
         if e.errno == errno.ESRCH:  # its processes had gone when they were looked at
             raise JobStateError("the job is ending", "see 'imgrun inspect' for how") from e
-        raise CheckpointError(f"the checkpoint could not be written to {target}: {e}", "check the path") from e
+        raise CheckpointError(f"the checkpoint could not be written to {target}: {e.strerror or e}", "check the path") from e
     finally:
         if not complete:
             with contextlib.suppress(OSError):

@@ -83,6 +83,8 @@ def load(path: str) -> Checkpoint:
     path = os.path.abspath(path)
     try:
         directory = os.open(path, DIRECTORY)
+    except PermissionError:
+        raise RestoreError(f"{path} may not be opened", "restore as the user who made the checkpoint") from None
     except OSError as e:
         raise RestoreError(f"there is no checkpoint at {path}: {e.strerror}", "give the directory it was made in") from None
     try:
