@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -1030,6 +1031,8 @@ def test_many_at_once_in_one_cgroup(slot: str) -> None:
                         assert fs.text(f"{job.paths[0]}/cgroup.controllers")
                         job.remove()
                     status = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(status)
             children.append(pid)
