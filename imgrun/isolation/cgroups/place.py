@@ -190,8 +190,9 @@ def check(tree: fs.Tree, place: Place, limits: Limits, controller: str, options:
 # ---- handing out controllers --------------------------------------------------------------------------------------
 
 
-LOCK_TIMEOUT = 2.0
-"""Anybody may lock a directory that he can read, so nobody is waited for longer than this (seconds)."""
+LOCK_TIMEOUT = 6.0
+"""Anybody may lock a directory that he can read, so nobody is waited for longer than this (seconds). It is many times what
+several imgruns that start at once need: each takes tens of milliseconds on a busy host."""
 
 
 GIVE_BACK_TIMEOUT = 1.0
