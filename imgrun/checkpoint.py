@@ -113,11 +113,9 @@ class _Saving:
         self._places = captured.memory_mounts(subject.spec)
         # Open from the first: a failure of the disk is told to whoever had something open there before it.
         self._here = os.open(building, DIRECTORY)
-        # One processor is CRIU's. Of two, the other slows it down (threads of one core, bandwidth), which a job that is to go
-        # on feels; of one that is to end, all has to be done before it may.
-        self._ahead = Ahead(
-            self._here, "processes", leave=2 if how.leave_running else 1, write=not how.leave_running and not how.archive
-        )
+        # To write to the disk meanwhile would take time from CRIU, for which a job that is to go on waits; before one that is
+        # to end may do so, all of it has to be done.
+        self._ahead = Ahead(self._here, "processes", write=not how.leave_running and not how.archive)
         self._began = self._last = time.monotonic()
 
     def mark(self, step: str) -> None:

@@ -15,39 +15,34 @@ from imgrun.errors import CheckpointError
 LAST = 19
 PAUSE = 0.01
 """Seconds between two looks for more."""
-MOST = 4
-"""Threads: they keep up with one writer even where the processor has no instructions for SHA-256."""
 FEW = 200
 """Files that are synced one by one, which takes each about a millisecond."""
 
 
 class Ahead:
-    """Hashes what is complete of CRIU's images, piece by piece."""
+    """Hashes what is complete of CRIU's images, piece by piece: one thread is faster than CRIU."""
 
-    def __init__(self, top: int, place: str, *, leave: int, write: bool) -> None:
-        """``place`` is the directory of the images, below the descriptor ``top``; ``leave`` processors are for others.
+    def __init__(self, top: int, place: str, *, write: bool) -> None:
+        """``place`` is the directory of the images, below the descriptor ``top``.
 
         ``write``: what is hashed begins to be written to the disk as well, which takes time from CRIU.
         """
         self._top = top
         self._place = place
-        self._leave = leave
         self._write = write
         self._parts: Parts = {}
         self._taken: dict[str, int] = {}
-        self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin, knowing nothing. From here on this process has several threads."""
+        """Begin, knowing nothing. From here on this process has several threads; not where there is one processor only."""
         self._stop.clear()
         self._parts.clear()
         self._taken.clear()
-        for _ in range(min(len(os.sched_getaffinity(0)) - self._leave, MOST)):
-            thread = threading.Thread(target=self._work)
-            thread.start()
-            self._threads.append(thread)
+        if len(os.sched_getaffinity(0)) > 1:
+            self._thread = threading.Thread(target=self._work)
+            self._thread.start()
 
     def known(self) -> set[tuple[str, int]]:
         """The pieces that are hashed by now."""
@@ -56,9 +51,9 @@ class Ahead:
     def stop(self) -> Parts:
         """No more of it; returns what is known."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self._threads.clear()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         return self._parts
 
     def _work(self) -> None:
@@ -67,8 +62,7 @@ class Ahead:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LAST)
         try:
             while not self._stop.is_set():
-                with self._lock:
-                    name, start = self._next()
+                name, start = self._next()
                 if not name:
                     self._stop.wait(PAUSE)
                     continue
@@ -85,7 +79,7 @@ class Ahead:
             return  # what is not known is hashed in the end, and that fails if it must
 
     def _next(self) -> tuple[str, int]:
-        """The path and start of a piece that is complete and nobody's yet; an empty path when there is none."""
+        """The path and start of a piece that is complete and not hashed yet; an empty path when there is none."""
         for name, size in self._memory(self._place):
             start = self._taken.get(name, 0)
             if start + PIECE <= size:

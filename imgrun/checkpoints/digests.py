@@ -1,16 +1,18 @@
-"""SHA-256 of the files of a checkpoint, with all processors, and a list of what a job wrote: every file, its size and hash.
+"""Hashes of the files of a checkpoint, with all processors, and a list of what a job wrote: every file, its size and hash.
+
+A hash is there to find damage, and is XXH3 of 128 bits, about as fast as memory is read. Against malice no hash would help
+that lies beside what it is of; there, who owns the checkpoint decides (imgrun.checkpoints.manifest).
 
 A file's hash is that of the hashes of its pieces of 8 MiB, so that one large file occupies all processors, and a hole of any
 size costs nothing. Of the list each line is a JSON array, in a fixed order, so that two lists of one tree are the same text:
 
-    ["upper/etc/motd", mode, uid, gid, size, sha256 or null]    a file; null where the path is too long to be opened again
+    ["upper/etc/motd", mode, uid, gid, size, hash or null]      a file; null where the path is too long to be opened again
     ["upper/etc/mtab", mode, uid, gid, 0, target]               a symbolic link
     ["upper/etc", mode, uid, gid, 0, null]                      all else; of a device, the size is its number
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
+
+import xxhash
 
 from imgrun import syscalls as sc
 from imgrun.errors import CheckpointError
@@ -39,7 +43,9 @@ Parts = dict[tuple[str, int], bytes]
 
 class Digest(NamedTuple):
     size: int
-    sha256: str
+    xxh128: str
+    pieces: list[str]
+    """The hashes of the pieces, of which the other is made."""
 
 
 def digests(directory: int, names: Iterable[str], known: Parts | None = None, *, leave: int = 0) -> dict[str, Digest]:
@@ -67,7 +73,7 @@ def digests(directory: int, names: Iterable[str], known: Parts | None = None, *,
         thread.join()
     if failures:
         raise failures[0]
-    return {name: Digest(size, _whole(name, size, parts)) for name, size in sizes.items()}
+    return {name: _digest(name, size, parts) for name, size in sizes.items()}
 
 
 def open_inside(directory: int, name: str) -> int:
@@ -87,11 +93,9 @@ def _size(directory: int, name: str) -> int:
         os.close(fd)
 
 
-def _whole(name: str, size: int, parts: Parts) -> str:
-    whole = hashlib.sha256()
-    for start in range(0, max(size, 1), PIECE):
-        whole.update(parts[name, start])
-    return whole.hexdigest()
+def _digest(name: str, size: int, parts: Parts) -> Digest:
+    pieces = [parts[name, start] for start in range(0, max(size, 1), PIECE)]
+    return Digest(size, xxhash.xxh3_128_hexdigest(b"".join(pieces)), [piece.hex() for piece in pieces])
 
 
 def _work(
@@ -124,7 +128,7 @@ def hash_piece(fd: int, start: int, buffer: bytearray, given_up: Callable[[], bo
     end = start + PIECE
     if end <= os.fstat(fd).st_size and _next_data(fd, start) >= end:
         return _empty_piece()
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     view = memoryview(buffer)
     for place in range(start, end, len(buffer)):
         size = os.preadv(fd, [buffer], place)
@@ -145,7 +149,7 @@ def _next_data(fd: int, start: int) -> int:
 
 @cache
 def _empty_piece() -> bytes:
-    return hashlib.sha256(bytes(PIECE)).digest()
+    return xxhash.xxh3_128_digest(bytes(PIECE))
 
 
 # -- trees ------------------------------------------------------------------------------------------------------------
@@ -205,7 +209,7 @@ def lines(top: int, names: Iterable[str], totals: Totals | None = None) -> Itera
         found = digests(top, files)
         for path, mode, uid, gid, size, target in batch:
             known = found.get(path)
-            last = known.sha256 if known else target
+            last = known.xxh128 if known else target
             yield json.dumps([path, mode, uid, gid, known.size if known else size, last]).encode() + b"\n"
 
 

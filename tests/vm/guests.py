@@ -11,7 +11,10 @@ from typing import NamedTuple
 from vm import debs
 from vm.debs import Packages, cached, digest, run
 
-PYTHON = ("python3", "python3-cffi-backend", "python3-click", "python3-tenacity", "python3-protobuf", "python3-pytest")
+PYTHON = (
+    "python3", "python3-cffi-backend", "python3-click", "python3-tenacity", "python3-xxhash", "python3-protobuf",
+    "python3-pytest",
+)  # fmt: skip
 SYSTEM = (
     *PYTHON, "systemd-sysv", "dbus", "dbus-user-session", "libpam-systemd", "udev", "kmod", "iproute2", "procps", "uidmap",
     "e2fsprogs", "squashfuse", "fuse3", "fuse2fs", "fuse-overlayfs", "passt", "busybox-static",
