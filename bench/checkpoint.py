@@ -18,6 +18,7 @@ from bench.report import Section, Table, milliseconds, size, times
 
 TITLE = "Checkpoint and restore"
 CRIU = "criu"
+SYNCED = "criu, then sync"
 IMGRUN = "imgrun"
 LAZY = "imgrun, restore --lazy"
 KINDS = {"random": "incompressible", "half": "half zeros"}
@@ -34,8 +35,9 @@ def measure(place: Place) -> Section:
         and left running: `frozen` is the longest pause it saw, `checkpoint, all` the time of the whole command. Then it is
         killed and continued; `restore to first progress` is from the call to the next sign of life. imgrun's checkpoint
         also has the job's files, a hash of everything, and is on the disk when the command ends; the others leave it in
-        the page cache. All use the same CRIU. imgrun does not let a job run before it has seen that all of its memory is as it
-        was written, lazy or not; the lazy one has no user namespace, since vm.unprivileged_userfaultfd is mostly 0."""
+        the page cache, but for the one that is followed by a sync of its images. All use the same CRIU. imgrun lets a job
+        see no memory before it has seen that it is as it was written: all of it before the job runs, or with --lazy each
+        piece of a file before the first page of it is given to the job."""
     )
     program = _build(place)
     largest: Outcome | None = None
@@ -51,6 +53,8 @@ def measure(place: Place) -> Section:
                 largest = outcome
                 section.aim(f"{mebibytes} MiB, frozen, vs CRIU alone", outcome.ratio(IMGRUN, CRIU, "frozen"), 1)
                 section.aim(f"{mebibytes} MiB, whole checkpoint, vs CRIU alone", outcome.ratio(IMGRUN, CRIU, "dump"), 1)
+                synced = outcome.ratio(IMGRUN, SYNCED, "dump")
+                section.aim(f"{mebibytes} MiB, whole checkpoint, vs CRIU and a sync of its images", synced, 1)
     if largest is not None:
         section.aim("lazy restore of the largest to first progress", largest.median(LAZY, "progress"), 0.2, unit=" s")
     return section
@@ -70,7 +74,7 @@ def _table(outcome: Outcome, heading: str) -> Table:
 
 def _cases(place: Place, program: str, mebibytes: int, kind: str) -> dict[str, Case]:
     ways: dict[str, Callable[[Place, str], Way]] = {
-        CRIU: Criu, IMGRUN: Imgrun, LAZY: LazyImgrun, "runc": Runc,
+        CRIU: Criu, SYNCED: CriuSynced, IMGRUN: Imgrun, LAZY: LazyImgrun, "runc": Runc,
     }  # fmt: skip
 
     def case(name: str) -> Mapping[str, float]:
@@ -106,6 +110,9 @@ class Way:
         """The command that saves it and leaves it running."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Do what still belongs to the checkpoint when the command has ended."""
+
     def kill(self) -> None:
         raise NotImplementedError
 
@@ -121,9 +128,12 @@ def _once(way: Way, here: str, mebibytes: int, kind: str) -> dict[str, float]:
     seen = way.seen_at or here
     way.start([f"{seen}/hog", str(mebibytes), kind, f"{seen}/progress"])
     _await(lambda: _progress(here)[0] > 20, "the program does not start")
+    began = time.perf_counter()
     done = run(way.dump())
     if done.code != 0:
         raise Unavailable(f"the checkpoint failed: {last_line(done.stderr)}")
+    way.settle()
+    dump = time.perf_counter() - began
     at_end = _progress(here)[0]
     _await(lambda: _progress(here)[0] > at_end + 2, "the program does not go on after the checkpoint")
     frozen = _progress(here)[1] / 1e9
@@ -145,7 +155,7 @@ def _once(way: Way, here: str, mebibytes: int, kind: str) -> dict[str, float]:
     if restoring.returncode != 0:
         raise Unavailable(f"the restore failed: {last_line(words.decode(errors='replace'))}")
     return {
-        "frozen": frozen, "dump": done.wall, "progress": progress, "restore": time.perf_counter() - began,
+        "frozen": frozen, "dump": dump, "progress": progress, "restore": time.perf_counter() - began,
         "bytes": float(_bytes(way.images)),
     }  # fmt: skip
 
@@ -235,6 +245,16 @@ class Criu(Way):
                 pass  # it was not restored
 
 
+class CriuSynced(Criu):
+    """The same, with the images on the disk."""
+
+    def settle(self) -> None:
+        for name in os.listdir(self.images):
+            fd = os.open(f"{self.images}/{name}", os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+
 class Imgrun(Way):
     """A job with the directory bound into it."""
 
@@ -260,9 +280,8 @@ class Imgrun(Way):
 
 
 class LazyImgrun(Imgrun):
-    """As root of the host: where vm.unprivileged_userfaultfd is 0, nobody else can be lazy."""
+    """The same, and its memory follows."""
 
-    start_flags = ("--userns", "off")
     flags = ("--lazy",)
 
 

@@ -11,7 +11,7 @@ from imgrun import errors
 from imgrun.channel import connect
 from imgrun.errors import ImgrunError, JobStateError, SpecError
 from imgrun.result import Result, Usage
-from imgrun.spec import JobSpec
+from imgrun.spec import JobSpec, check_text
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
 from imgrun.storage.trees import remove_tree
 
@@ -80,6 +80,7 @@ class Job:
         from imgrun.checkpoints.unpacking import opened
         from imgrun.launcher import start_job
 
+        check_text("the checkpoint's path", checkpoint)
         changes = {"image": image, "memory": memory, "binds": list(binds), "allow": list(allow), "lazy": lazy}
         with opened(checkpoint, allow) as loaded:
             found = preflight.changed(loaded, image=image, memory=memory, binds=binds, allow=allow, lazy=lazy)
@@ -90,6 +91,7 @@ class Job:
     @classmethod
     def find(cls, wanted: str) -> Job:
         """The job with this name, id, or unique beginning of an id. Raises JobNotFound."""
+        check_text("the job's name", wanted)
         return cls(StateRoot().find(wanted))
 
     @classmethod
@@ -261,6 +263,7 @@ class Job:
             raise SpecError("a checkpoint goes to a directory or to an archive", "give one of them")
         fds = (archive,) if isinstance(archive, int) else ()
         target = "-" if fds else os.path.abspath(to if to is not None else str(archive))
+        check_text("the checkpoint's path", target)
         if isinstance(archive, str):
             compress = must_compress(archive, compress)
         how = How(

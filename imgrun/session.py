@@ -25,7 +25,7 @@ from imgrun.isolation.cgroups.place import come_near
 from imgrun.isolation.child import open_terminal
 from imgrun.job import Job
 from imgrun.relay import OUT, Pump, Relay, Terminal, own_description, set_nonblocking
-from imgrun.spec import check_workdir, checked_env
+from imgrun.spec import check_text, check_workdir, checked_env
 from imgrun.supervisor import FORWARDED
 
 
@@ -57,8 +57,10 @@ def execute(
 ) -> int:
     """Run ``command`` in the job with our standard streams and return its exit status (128+N for signal N).
 
-    Raises JobStateError when the job does not run, CommandNotFound and the like as ``start`` does.
+    Raises JobStateError when the job does not run, SpecError, CommandNotFound and the like as ``start`` does.
     """
+    check_text("the command", *command)
+    check_text("user", user or "")
     given = dict(checked_env(env or {}))
     if workdir is not None:
         check_workdir(workdir)

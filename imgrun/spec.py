@@ -171,11 +171,11 @@ def _normalised(spec: JobSpec) -> dict[str, Any]:
         raise SpecError("--init image runs the image's own init, and a command was given", "leave one of them out")
     if spec.scratch_size is not None and spec.root == "writable":
         raise SpecError("--scratch-size bounds writes to the scratch, and --writable writes into the image", "drop one")
-    if any("\0" in word for word in command):
-        raise SpecError("the command holds a NUL byte", "remove it")
-    for key in ("image", "user", "workdir", "partition"):
-        if "\0" in str(getattr(spec, key)):
-            raise SpecError(f"{key} holds a NUL byte", "remove it")
+    check_text("the command", *command)
+    for key in ("image", "user", "workdir", "partition", "checkpoint_dir"):
+        check_text(key, str(getattr(spec, key)))
+    for limit in spec.io_max:
+        check_text("io_max", limit.device)
     changes: dict[str, Any] = {
         "image": image_path(spec.image),
         "command": command,
@@ -254,8 +254,20 @@ def _checked_name(name: str, what: str, longest: int) -> str:
     return name
 
 
+def check_text(what: str, *texts: str) -> None:
+    """Raises SpecError for what the kernel cannot be given: it takes bytes that end with the first NUL."""
+    for text in texts:
+        if "\0" in text:
+            raise SpecError(f"{what} holds a NUL byte", "remove it")
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError as e:
+            raise SpecError(f"{what} holds what is no character: {text[e.start]!a}", "remove it") from None
+
+
 def check_workdir(workdir: str) -> None:
     """Raises SpecError for what is no place in an image."""
+    check_text("workdir", workdir)
     if not workdir.startswith("/"):
         raise SpecError(f"workdir {workdir!r} is not absolute", "give the path inside the image, from /")
 
@@ -264,8 +276,9 @@ def checked_env(env: Mapping[str, str]) -> Iterable[tuple[str, str]]:
     """Names and values as text. Raises SpecError for what no environment can hold."""
     for key, given in env.items():
         value = str(given)
-        if not key or "=" in key or "\0" in key or "\0" in value:
-            raise SpecError(f"environment variable {key!r} is not usable", "give NAME=VALUE without NUL bytes")
+        if not key or "=" in key:
+            raise SpecError(f"environment variable {key!r} is not usable", "give NAME=VALUE")
+        check_text(f"environment variable {key!a}", key, value)
         yield key, value
 
 
@@ -273,7 +286,8 @@ def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
     checked: list[Mount] = []
     for mount in mounts:
         target = mount.dst
-        if not target.startswith("/") or "\0" in target or ".." in target.split("/"):
+        check_text("a mount's target", target)
+        if not target.startswith("/") or ".." in target.split("/"):
             raise SpecError(f"mount target {target!r} is not an absolute path", "give the path inside the image, from /")
         target = os.path.normpath(f"/{target.lstrip('/')}")
         if target in RESERVED_TARGETS or target.startswith(("/proc/", "/sys/", "/dev/imgrun/", "/dev/pts/")):
@@ -281,8 +295,7 @@ def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
         if any(target == other.dst for other in checked):
             raise SpecError(f"two mounts have the target {target!r}", "remove one")
         source = mount.src
-        if "\0" in source:
-            raise SpecError(f"the source of the mount at {target!r} holds a NUL byte", "remove it")
+        check_text(f"the mount at {target!r}", source, str(mount.partition))
         if mount.type == "tmpfs":
             if mount.size == 0:
                 raise SpecError(f"the tmpfs at {target!r} has no size", "leave the size out if there is no limit")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-pytest.register_assert_rewrite("command", "images", "leaks")
+pytest.register_assert_rewrite("command", "forked", "images", "leaks")
 
 from command import Imgrun  # noqa: E402
 from leaks import Leaks  # noqa: E402

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from imgrun.isolation.cgroups.orphans import remove_orphans
+
 PATIENCE = 10.0
 """Seconds that the kernel and supervisors get to clean up what has ended."""
 
@@ -21,6 +23,7 @@ class Leaks:
         self.base = str(base)
         # In a mount table paths are relative to their file system, which may be mounted anywhere above the base.
         self.mark = f"/{base.parent.name}/{base.name}/"
+        remove_orphans()  # of sessions that were killed
         self._reported: set[str] = set(cgroups())
 
     def left(self) -> list[str]:

@@ -159,11 +159,19 @@ def rm(jobs: tuple[str, ...], force: bool, everything: bool) -> None:
 @click.command("gc", short_help="Remove what killed supervisors left behind.")
 @click.option("--older-than", metavar="DURATION", help="Also remove records of jobs that finished this long ago.")
 def gc(older_than: str | None) -> None:
-    """Remove cgroup directories, scratch and state of jobs whose supervisor was killed. Running jobs are not touched."""
+    """Remove cgroup directories, scratch and state of jobs whose supervisor was killed. Running jobs are not touched.
+
+    Cgroup directories are found without the state directory that the job had.
+    """
+    from imgrun.isolation.cgroups.orphans import remove_orphans
+    from imgrun.isolation.userns import drop_unheld
+
     age = None if older_than is None else parse_duration(older_than, "--older-than")
     root = StateRoot()
     root.ids()  # says what is wrong with the state directory, if anything is
-    collected = collect(root)
+    # Without doubles: of a job whose processes were still ending, a cgroup may have stayed.
+    collected = list(dict.fromkeys([*collect(root), *remove_orphans()]))
+    drop_unheld()
     for job_id in collected:
         print(job_id)
     if age is None:

@@ -119,7 +119,11 @@ class HeldMap:
             self._fd = -1
 
 
-def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None) -> HeldMap:
+HELD = "/run/imgrun/ids"
+"""Where ranges are held: root's, on this host, whatever the state directory."""
+
+
+def hold_range(directory: str = HELD, *, wanted: int | None = None) -> HeldMap:
     """Take a range of 65536 ids that no other live job on this host has, and hold it by a lock in ``directory``.
 
     It begins at ``wanted`` if that can be had: a job that is continued owns files in its range, in mounts that show the
@@ -147,6 +151,28 @@ def hold_range(directory: str = "/run/imgrun/ids", *, wanted: int | None = None)
         f"no free range of {RANGE} ids for the job's user namespace in {where}",
         "end other jobs, widen the range, or use --userns off",
     )
+
+
+def drop_unheld(directory: str = HELD) -> None:
+    """Remove the files of ranges whose holder was killed. Does what the caller may."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return
+    for name in names:
+        path = f"{directory}/{name}"
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                os.unlink(path)  # while it is locked, as in HeldMap.close
+        except OSError:
+            pass  # it is held
+        finally:
+            os.close(fd)
 
 
 def _hold_one(directory: str, starts: Iterable[int]) -> HeldMap | None:

@@ -14,6 +14,7 @@ here at once, or after an eviction in the sandbox of another host. So this modul
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -60,14 +61,13 @@ class Site:
         self._is_new = not os.path.exists(self.own)
         """Whether HTCondor has just brought the sandbox, and this is no further life in it after a periodic checkpoint."""
         self._outputs = _list(self.job.text("TransferOutput"))
-        os.makedirs(self.own, mode=0o700, exist_ok=True)
-        self._began_ns = os.stat(self._touched()).st_ctime_ns
+        self._began_ns = 0
         self._make_missing([checkpoint])
 
     @classmethod
     def here(cls, warn: Warn, checkpoint: str = CHECKPOINT) -> Site:
         """The one that the environment tells of; outside of HTCondor, the current directory."""
-        return cls(os.path.abspath(os.environ.get("_CONDOR_SCRATCH_DIR") or os.getcwd()), warn, checkpoint)
+        return cls(os.path.abspath(os.environ.get(PLACE_VARIABLE) or os.getcwd()), warn, checkpoint)
 
     def _touched(self) -> str:
         """A file whose time is now, by the clock of the sandbox's file system."""
@@ -182,6 +182,24 @@ class Site:
 
     def run(self, asked: JobSpec, foreground: Foreground, flags: dict[str, Any], result_file: str | None = None) -> int:
         """Continue the job where its checkpoint is, else start it; returns the exit status."""
+        os.makedirs(self.own, mode=0o700, exist_ok=True)
+        self._began_ns = os.stat(self._touched()).st_ctime_ns
+        try:
+            return self._run(asked, foreground, flags, result_file)
+        finally:
+            if not os.environ.get(PLACE_VARIABLE):
+                self._remove_own()
+
+    def _remove_own(self) -> None:
+        """Outside of HTCondor nobody removes a sandbox. What another job in the same directory has there stays."""
+        with contextlib.suppress(OSError, ImgrunError):
+            remove_tree(self.checkpoint)
+            os.unlink(f"{self.own}/began")
+            for name in ("state/jobs", "state/names", "state/live", "state", ""):
+                if os.path.isdir(f"{self.own}/{name}"):
+                    os.rmdir(f"{self.own}/{name}")
+
+    def _run(self, asked: JobSpec, foreground: Foreground, flags: dict[str, Any], result_file: str | None) -> int:
         from imgrun.state import _no_upper_layer
 
         if not _no_upper_layer(self.sandbox):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import become, in_child
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, ImgrunError, LimitError, StartError
@@ -42,8 +43,14 @@ def trees() -> dict[str, fs.Tree]:
     return {name: tree for tree in found for name in tree.controllers or ("unified",)}
 
 
-ID = f"test{os.getpid()}-"
+ID = os.urandom(3).hex()
 """What the ids of these jobs begin with: other tests may run beside this one."""
+
+
+def new_id() -> str:
+    """As real jobs have, so that `imgrun gc` finds what is left if this is killed."""
+    return ID + os.urandom(3).hex()
+
 
 UNLIMITED = Limits()
 
@@ -79,8 +86,8 @@ class Jobs:
         self.made: list[JobCgroup] = []
         self.children: list[int] = []
 
-    def create(self, limits: Limits = UNLIMITED, **options: Any) -> JobCgroup:
-        job = JobCgroup.create(f"{ID}{len(self.made)}", limits, **options)
+    def create(self, limits: Limits = UNLIMITED, job_id: str = "", **options: Any) -> JobCgroup:
+        job = JobCgroup.create(job_id or new_id(), limits, **options)
         self.made.append(job)
         return job
 
@@ -92,10 +99,7 @@ class Jobs:
         if pid == 0:
             status = 99
             try:
-                if uid:
-                    os.setgroups([])
-                    os.setresgid(uid, uid, uid)
-                    os.setresuid(uid, uid, uid)
+                become(uid)
                 for fd in entries:
                     os.write(fd, b"0")
                 os.write(entered[1], b"x")
@@ -158,7 +162,7 @@ def fill(size: int) -> None:
 
 def test_only_what_is_needed_is_made(world: str) -> None:
     before = ours()
-    job = JobCgroup.create(f"{ID}needed", Limits())
+    job = JobCgroup.create(new_id(), Limits())
     names = {path[len("/sys/fs/cgroup/") :].split("/")[0] for path in job.paths}
     job.remove()
     if world == "v1":
@@ -167,7 +171,7 @@ def test_only_what_is_needed_is_made(world: str) -> None:
     else:
         assert "freezer" not in names
     assert not {"cpuset", "devices", "systemd"} & names
-    bare = JobCgroup.create(f"{ID}bare", Limits(), accounting=False)
+    bare = JobCgroup.create(new_id(), Limits(), accounting=False)
     assert not any("/memory/" in path for path in bare.paths)
     bare.remove()
     assert ours() == before
@@ -189,8 +193,8 @@ def test_the_job_is_below_the_callers_own_cgroups(jobs: Jobs) -> None:
 def test_fifty_cycles_leave_nothing(world: str) -> None:
     before, descriptors = ours(), os.listdir("/proc/self/fd")
     limits = Limits(memory=64 * MIB, swap=0, cpus=1, cpu_weight=50, pids=20, cpuset="0")
-    for turn in range(50):
-        job = JobCgroup.create(f"{ID}{turn}", limits)
+    for _ in range(50):
+        job = JobCgroup.create(new_id(), limits)
         for fd in job.join_descriptors():
             os.close(fd)
         assert (job.clone_into >= 0) == (world == "host")
@@ -204,10 +208,11 @@ def test_fifty_cycles_leave_nothing(world: str) -> None:
 def test_a_left_over_directory_of_the_same_id_is_made_new(jobs: Jobs) -> None:
     if "pids" not in trees():
         pytest.skip("pids is not in v1 here")
-    left = f"{trees()['pids'].own}/{fs.PREFIX}{ID}0"
+    job_id = new_id()
+    left = f"{trees()['pids'].own}/{fs.PREFIX}{job_id}"
     os.mkdir(left)
     fs.write(f"{left}/pids.max", "3")
-    job = jobs.create()
+    job = jobs.create(job_id=job_id)
     assert fs.text(f"{left}/pids.max") == "max"
     assert left in job.paths
 
@@ -226,7 +231,7 @@ def test_what_the_kernel_refuses_leaves_nothing(world: str, monkeypatch: pytest.
     monkeypatch.setattr(cgroup_plan.v1, "check", lambda *args: [])
     monkeypatch.setattr(cgroup_plan.cgroup_place, "check", lambda *args: None)
     with pytest.raises(LimitError, match=r"--cpuset: the kernel refused '4095'.*cpuset\.cpus") as error:
-        JobCgroup.create(f"{ID}refused", Limits(cpuset="4095"))
+        JobCgroup.create(new_id(), Limits(cpuset="4095"))
     assert error.value.hint
     assert ours() == before
 
@@ -327,7 +332,7 @@ def test_a_limit_above_the_job_holds_too(world: str) -> None:
     memory = trees().get("memory")
     if memory is None:
         pytest.skip("memory is not in v1 here")
-    slot = f"{memory.own}/{fs.PREFIX}{ID}slot"
+    slot = f"{memory.own}/{fs.PREFIX}{new_id()}"
     os.mkdir(slot)
     fs.write(f"{slot}/memory.limit_in_bytes", str(48 * MIB))
     pid = os.fork()
@@ -421,7 +426,7 @@ def test_processor_set_holds(jobs: Jobs) -> None:
 def test_processors_that_are_not_there_are_refused_before_anything_is_made(world: str) -> None:
     before = ours()
     with pytest.raises(LimitError, match="processor 4095 is not to be had") as error:
-        JobCgroup.create(f"{ID}cpus", Limits(cpuset="0,4095"))
+        JobCgroup.create(new_id(), Limits(cpuset="0,4095"))
     assert str(error.value.hint).startswith("choose among 0")
     assert ours() == before
 
@@ -685,7 +690,7 @@ def test_an_unprivileged_child_enters_through_the_supervisors_descriptors(world:
 
 
 def test_a_delegated_job_can_be_divided_by_its_user_but_not_loosened() -> None:
-    job = JobCgroup.create(f"{ID}divided", Limits(pids=50))
+    job = JobCgroup.create(new_id(), Limits(pids=50))
     if job.clone_into < 0:
         job.remove()
         pytest.skip("v2 is not mounted here")
@@ -700,10 +705,10 @@ def test_a_delegated_job_can_be_divided_by_its_user_but_not_loosened() -> None:
                 with pytest.raises(PermissionError):
                     fs.write(f"{unified}/{name}", "1")
         with pytest.raises(PermissionError):
-            os.mkdir(f"{os.path.dirname(unified)}/{fs.PREFIX}{ID}outside")
+            os.mkdir(f"{os.path.dirname(unified)}/{fs.PREFIX}{new_id()}")
 
     try:
-        assert apart(0, work, uid=65534) == 0
+        in_child(work, uid=65534)
         assert os.path.isdir(f"{unified}/inner")
     finally:
         job.remove()
@@ -742,7 +747,7 @@ def test_leftovers_of_a_supervisor_killed_while_making_them(world: str, tmp_path
 
         try:
             cgroup_dirs.make = make_some
-            JobCgroup.create(f"{ID}half", Limits(), announce=lambda paths: record.write_text("\n".join(paths)) and None)
+            JobCgroup.create(new_id(), Limits(), announce=lambda paths: record.write_text("\n".join(paths)) and None)
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(supervisor, 0)[1]) == -signal.SIGKILL
@@ -823,31 +828,6 @@ def test_a_hierarchy_cannot_be_joined_later(jobs: Jobs) -> None:
 # ---- other views of the host ----------------------------------------------------------------------------------
 
 
-def apart(flags: int, work: Callable[[], object], uid: int = 0) -> int:
-    """Run ``work`` in a child with new namespaces; returns its exit code. An assertion in it is printed and gives 1."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            if uid:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-            if flags:
-                sc.unshare(flags)
-            if flags & sc.CLONE_NEWNS:
-                sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
-            work()
-            status = 0
-        except BaseException:  # noqa: BLE001 (the child of a fork must not go on as the test)
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True)
 
@@ -864,14 +844,14 @@ def test_an_ordinary_user_is_refused_what_cannot_be_kept() -> None:
         with pytest.raises(LimitError, match="--memory and --swap cannot be enforced") as error:
             cgroup.check_limits(Limits(memory=64 * MIB, swap=0))
         assert error.value.hint
-        job = JobCgroup.create(f"{ID}user", Limits())
+        job = JobCgroup.create(new_id(), Limits())
         assert job.paths == ()
         assert set(job.usage()) == {None}
         job.remove()
         assert {finding.ok for finding in cgroup.doctor()} == {False}
         assert all(finding.advice for finding in cgroup.doctor())
 
-    assert apart(0, work, uid=65534) == 0
+    in_child(work, uid=65534)
 
 
 def test_read_only_mounts_are_told() -> None:
@@ -881,9 +861,9 @@ def test_read_only_mounts_are_told() -> None:
             mount("-o", "remount,bind,ro", tree.mount)
         with pytest.raises(LimitError, match=r"--pids cannot be enforced: .* is mounted read-only"):
             cgroup.check_limits(Limits(pids=10))
-        assert JobCgroup.create(f"{ID}ro", Limits()).paths == ()
+        assert JobCgroup.create(new_id(), Limits()).paths == ()
 
-    assert apart(sc.CLONE_NEWNS, work) == 0
+    in_child(work, flags=sc.CLONE_NEWNS)
 
 
 def test_a_missing_mount_is_told() -> None:
@@ -894,17 +874,25 @@ def test_a_missing_mount_is_told() -> None:
         mount("-t", "tmpfs", "none", trees()["pids"].mount)
         with pytest.raises(LimitError, match="no cgroup hierarchy with the pids controller is visible"):
             cgroup.check_limits(Limits(pids=10))
-        job = JobCgroup.create(f"{ID}missing", Limits())
+        job = JobCgroup.create(new_id(), Limits())
         assert job.paths
         assert job.usage().pids_peak is None
         job.remove()
 
-    assert apart(sc.CLONE_NEWNS, work) == 0
+    in_child(work, flags=sc.CLONE_NEWNS)
 
 
-def test_a_bind_mounted_sub_root_is_found(tmp_path: Path) -> None:
+@pytest.fixture
+def outer() -> Iterator[JobCgroup]:
+    """The cgroups of a job for imgrun to be in."""
+    made = JobCgroup.create(new_id(), Limits())
+    yield made
+    made.kill()
+    made.remove()
+
+
+def test_a_bind_mounted_sub_root_is_found(outer: JobCgroup) -> None:
     """A container without a cgroup namespace sees its own cgroup as the root of the mount."""
-    outer = JobCgroup.create(f"{ID}outer", Limits())
 
     def work() -> None:
         for path in outer.paths:
@@ -915,22 +903,17 @@ def test_a_bind_mounted_sub_root_is_found(tmp_path: Path) -> None:
         for tree in fs.discover():
             if tree.own == tree.mount and tree.controllers[:1] != ("cpu",):
                 assert os.path.exists(f"{tree.own}/cgroup.procs")
-        job = JobCgroup.create(f"{ID}inner", Limits(pids=10))
-        assert any(path.endswith(f"/{fs.PREFIX}{ID}inner") for path in job.paths)
+        job = JobCgroup.create(new_id(), Limits(pids=10))
+        assert {os.path.dirname(path) for path in job.paths} & {tree.mount for tree in fs.discover()}
         membership = fs.parse_membership(fs.read("/proc/self/cgroup"))
-        assert f"/{fs.PREFIX}{ID}outer" in membership.get("pids", membership.get("", ""))
+        assert f"/{os.path.basename(outer.paths[0])}" in membership.get("pids", membership.get("", ""))
         job.remove()
 
-    try:
-        assert apart(sc.CLONE_NEWNS, work) == 0
-    finally:
-        outer.kill()
-        outer.remove()
+    in_child(work, flags=sc.CLONE_NEWNS)
 
 
-def test_a_cgroup_namespace(tmp_path: Path) -> None:
+def test_a_cgroup_namespace(outer: JobCgroup, tmp_path: Path) -> None:
     """Inside one, mounts of before lie outside of it; new ones show the own cgroup as the root."""
-    outer = JobCgroup.create(f"{ID}outer", Limits())
 
     def work() -> None:
         for path in outer.paths:
@@ -948,15 +931,11 @@ def test_a_cgroup_namespace(tmp_path: Path) -> None:
         seen = [tree for tree in fs.discover() if tree.mount.startswith(str(tmp_path))]
         assert len(seen) == len(outer.paths)
         assert all(tree.own == tree.mount for tree in seen)
-        job = JobCgroup.create(f"{ID}inner", Limits(pids=10))
+        job = JobCgroup.create(new_id(), Limits(pids=10))
         assert any(path.startswith(str(tmp_path)) for path in job.paths)
         job.remove()
 
-    try:
-        assert apart(sc.CLONE_NEWNS, work) == 0
-    finally:
-        outer.kill()
-        outer.remove()
+    in_child(work, flags=sc.CLONE_NEWNS)
 
 
 @pytest.fixture
@@ -973,7 +952,7 @@ def slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(cgroup_plan, "ACCOUNTING", frozenset((controller,)))
     before = (fs.text(f"{above}/cgroup.subtree_control") or "").split()
     cgroup_place.hand_out(above, frozenset((controller,)))
-    path = f"{above}/{fs.PREFIX}{ID}slot"
+    path = f"{above}/{fs.PREFIX}{new_id()}"
     os.mkdir(path)
     try:
         yield path
@@ -996,12 +975,12 @@ def test_processes_in_the_way_are_moved_aside_and_back(slot: str) -> None:
         neighbour = os.fork()
         if neighbour == 0:
             time.sleep(60)
-        first = JobCgroup.create(f"{ID}first", Limits())
+        first = JobCgroup.create(new_id(), Limits())
         assert own_v2().endswith(f"/{name}/{fs.PREFIX}host")
         assert fs.text(f"{slot}/{fs.PREFIX}host/cgroup.procs") == f"{os.getpid()}\n{neighbour}"
         assert os.path.dirname(first.paths[0]) == slot
         assert fs.text(f"{first.paths[0]}/cgroup.controllers")
-        second = JobCgroup.create(f"{ID}second", Limits())
+        second = JobCgroup.create(new_id(), Limits())
         assert os.path.dirname(second.paths[0]) == slot
         first.remove()
         assert own_v2().endswith(f"/{fs.PREFIX}host")
@@ -1013,7 +992,7 @@ def test_processes_in_the_way_are_moved_aside_and_back(slot: str) -> None:
         os.kill(neighbour, signal.SIGKILL)
         os.waitpid(neighbour, 0)
 
-    assert apart(0, work) == 0
+    in_child(work)
 
 
 def test_many_at_once_in_one_cgroup(slot: str) -> None:
@@ -1024,8 +1003,8 @@ def test_many_at_once_in_one_cgroup(slot: str) -> None:
             if (pid := os.fork()) == 0:
                 status = 1
                 try:
-                    for turn in range(10):
-                        job = JobCgroup.create(f"{ID}many{number}-{turn}", Limits())
+                    for _ in range(10):
+                        job = JobCgroup.create(new_id(), Limits())
                         assert fs.text(f"{job.paths[0]}/cgroup.controllers")
                         time.sleep(0.001 * number)
                         assert fs.text(f"{job.paths[0]}/cgroup.controllers")
@@ -1039,7 +1018,7 @@ def test_many_at_once_in_one_cgroup(slot: str) -> None:
         assert {os.waitpid(pid, 0)[1] for pid in children} == {0}
         assert cgroup_dirs.subtree(slot) == [slot]
 
-    assert apart(0, work) == 0
+    in_child(work)
 
 
 def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None:
@@ -1056,7 +1035,7 @@ def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None
         if (pid := os.fork()) == 0:
             status = 1
             try:
-                job = JobCgroup.create(f"{ID}inner", Limits())
+                job = JobCgroup.create(new_id(), Limits())
                 assert fs.text(f"{job.paths[0]}/cgroup.controllers") == ""
                 with pytest.raises(LimitError, match="it is in another PID namespace"):
                     cgroup_place.hand_out(slot, cgroup_plan.ACCOUNTING)
@@ -1067,7 +1046,7 @@ def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None
         assert os.waitpid(pid, 0)[1] == 0
 
     try:
-        assert apart(0, work) == 0
+        in_child(work)
         assert fs.text(f"/proc/{outsider}/cgroup")
     finally:
         os.kill(outsider, signal.SIGKILL)
@@ -1083,7 +1062,7 @@ def test_a_stranger_who_locks_the_cgroup_is_not_waited_for(slot: str, monkeypatc
         fs.write(f"{slot}/cgroup.procs", "0")
         fd = os.open(slot, os.O_RDONLY)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        job = JobCgroup.create(f"{ID}locked", Limits())
+        job = JobCgroup.create(new_id(), Limits())
         assert fs.text(f"{job.paths[0]}/cgroup.controllers")
         job.remove()
         assert os.path.isdir(f"{slot}/{fs.PREFIX}host")
@@ -1091,7 +1070,7 @@ def test_a_stranger_who_locks_the_cgroup_is_not_waited_for(slot: str, monkeypatc
         cgroup_place.give_back(slot)
         assert cgroup_dirs.subtree(slot) == [slot]
 
-    assert apart(0, work) == 0
+    in_child(work)
 
 
 def test_doctor_names_every_need() -> None:

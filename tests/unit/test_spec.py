@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,10 @@ from hypothesis import strategies as st
 from imgrun.errors import SpecError
 from imgrun.isolation.cgroups.limits import IoMax
 from imgrun.isolation.limits import Rlimit
+from imgrun.job import Job
+from imgrun.session import execute
 from imgrun.spec import RESERVED_TARGETS, JobSpec, Mount, parse_bind, parse_io_max, parse_mount, parse_tmpfs
+from imgrun.state import JobDir, StateRoot
 
 NAMES = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,62}", fullmatch=True)
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=20)
@@ -103,8 +108,18 @@ def test_a_command_may_be_one_word() -> None:
         ({"mounts": [Mount("tmpfs", "/a", "/s")]}, "source"),
         ({"mounts": [Mount("tmpfs", "/a", size=0)]}, "size"),
         ({"mounts": [Mount("tmpfs", "/a"), Mount("bind", "/a/", "/s")]}, "two mounts"),
+        *(
+            (changes, told)
+            for no, told in (("\0", "NUL byte"), ("\udfff", r"no character: '\\udfff'"))
+            for changes in (
+                {"image": f"/i{no}"}, {"command": ("a", f"a{no}b")}, {"user": f"u{no}"}, {"workdir": f"/{no}"},
+                {"partition": no}, {"checkpoint_dir": f"/c{no}"}, {"env": {f"A{no}": "x"}}, {"env": {"A": f"x{no}"}},
+                {"mounts": [Mount("bind", f"/a{no}", "/s")]}, {"mounts": [Mount("bind", "/a", f"/s{no}")]},
+                {"mounts": [Mount("image", "/a", "/s", partition=no)]}, {"io_max": [IoMax(f"/dev/sda{no}", rbps=1)]},
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_refused(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(SpecError, match=named) as caught:
         spec(**changes)
@@ -256,3 +271,25 @@ def test_mount_parsers_refuse_or_understand(text: str) -> None:
             JobSpec(image="/i", command=("c",), **{("io_max" if parse is parse_io_max else "mounts"): (parse(text),)})
         except SpecError:
             pass
+
+
+@pytest.mark.parametrize("no", ["\0", "\udfff"])
+def test_refused_by_the_library_too(tmp_path: Path, no: str) -> None:
+    """Before it asks whether there is such a job."""
+    job = Job(JobDir(StateRoot(str(tmp_path)), "0123456789ab"))
+    calls: list[Callable[[], object]] = [
+        lambda: Job.find(f"a{no}"),
+        lambda: Job.restore(f"/c{no}"),
+        lambda: job.checkpoint(f"/c{no}"),
+        lambda: job.checkpoint(archive=f"/c{no}"),
+        lambda: execute(job, ("a", f"b{no}")),
+        lambda: execute(job, ("a",), user=f"u{no}"),
+        lambda: execute(job, ("a",), workdir=f"/w{no}"),
+        lambda: execute(job, ("a",), env={"A": no}),
+    ]
+    for call in calls:
+        with pytest.raises(SpecError, match=r"holds (a NUL byte|what is no character)") as caught:
+            call()
+        assert caught.value.hint == "remove it"
+        assert caught.value.message.isascii()
+        assert caught.value.message.isprintable()

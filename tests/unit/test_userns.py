@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from imgrun.errors import HostError
-from imgrun.isolation.userns import HeldMap, hold_range
+from imgrun.isolation.userns import HeldMap, drop_unheld, hold_range
 
 
 def start_of(held: HeldMap) -> int:
@@ -52,3 +52,12 @@ def test_new_jobs_leave_what_a_frozen_one_had(tmp_path: Path) -> None:
     assert start_of(again) == wanted
     for one in (*others, again):
         one.close()
+
+
+def test_what_a_killed_holder_leaves_is_dropped(tmp_path: Path) -> None:
+    held, lost = hold_range(str(tmp_path)), hold_range(str(tmp_path))
+    os.close(lost._fd)  # as the kernel does
+    drop_unheld(str(tmp_path))
+    assert os.listdir(tmp_path) == [str(start_of(held))]
+    held.close()
+    drop_unheld(str(tmp_path / "nowhere"))

@@ -56,8 +56,9 @@ def check_limits(limits: Limits) -> tuple[str, ...]:
 class JobCgroup:
     """The cgroup directories of one job."""
 
-    def __init__(self, directories: Iterable[Directory]) -> None:
+    def __init__(self, directories: Iterable[Directory], held: Iterable[int] = ()) -> None:
         self._directories = tuple(directories)
+        self._held = list(held)
         self._clone_fd = -1
         self._event_fd = -1
 
@@ -73,8 +74,9 @@ class JobCgroup:
         """Make the job's directories and write the limits, before any process is in them.
 
         ``announce`` is called with the paths before they are made, so that they can be recorded and removed later
-        whatever happens to the caller. ``accounting``: also where no limit asks for it. In a login session under
-        systemd the caller itself moves into a scope of its own. When anything fails, nothing stays.
+        whatever happens to the caller. They are held (dirs.hold) until ``remove``. ``accounting``: also where no limit asks
+        for it. In a login session under systemd the caller itself moves into a scope of its own. When anything fails,
+        nothing stays. What dead jobs left beside them is removed.
 
         Raises LimitError, SpecError, StartError.
         """
@@ -87,6 +89,7 @@ class JobCgroup:
             directories.insert(0, v2.V2Directory(f"{place.parent}/{name}"))
         announce([directory.path for directory in directories])
         made: list[Directory] = []
+        held: list[int] = []
         try:
             for directory in directories:
                 if directory.version == 2 and place is not None:
@@ -94,16 +97,21 @@ class JobCgroup:
                 else:
                     dirs.make(directory.path)
                 made.append(directory)
+                held.append(dirs.hold(directory.path))
                 directory.prepare()
                 directory.apply(limits)
-            job = cls(made)
+            job = cls(made, held)
             job._refuse_missing(limits)
         except BaseException:
             try:
-                cls(made).remove()
+                cls(made, held).remove()
             except HostError:
                 pass  # announced, so it is found and removed later
             raise
+        if made and dirs.orphan_beside(made[0].path):
+            from imgrun.isolation.cgroups import orphans
+
+            orphans.remove_beside(job.paths)
         return job
 
     def _refuse_missing(self, limits: Limits) -> None:
@@ -402,9 +410,14 @@ class JobCgroup:
         Harmless when some or all are gone. Raises HostError naming what is still in use after ``timeout`` seconds.
         """
         self.close()
-        busy = [directory.path for directory in self._directories if not dirs.try_remove(directory.path)]
-        if busy:
-            dirs.remove_patiently(busy, timeout)
+        try:
+            busy = [directory.path for directory in self._directories if not dirs.try_remove(directory.path)]
+            if busy:
+                dirs.remove_patiently(busy, timeout)
+        finally:
+            while self._held:
+                if (fd := self._held.pop()) >= 0:
+                    os.close(fd)
         unified = self._unified()
         if unified is not None:
             cgroup_place.give_back(os.path.dirname(unified.path))

@@ -199,14 +199,15 @@ GIVE_BACK_TIMEOUT = 1.0
 
 
 @contextmanager
-def locked(directory: str) -> Iterator[bool]:
+def locked(directory: str, patience: float | None = None) -> Iterator[bool]:
     """Keep other imgrun processes from changing what ``directory`` hands out and which jobs are in it.
 
-    Gives whether that was possible. To add to a directory without it is safe; to take away is not.
+    Gives whether that was possible, which is waited for LOCK_TIMEOUT, or as long as ``patience`` says (seconds). To add
+    to a directory without it is safe; to take away is not.
     """
     import fcntl
 
-    deadline = time.monotonic() + LOCK_TIMEOUT
+    deadline = time.monotonic() + (LOCK_TIMEOUT if patience is None else patience)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:
@@ -301,7 +302,7 @@ def _move_all(source: str, target: str) -> tuple[str, OSError] | None:
     return None
 
 
-def give_back(parent: str) -> None:
+def give_back(parent: str, patience: float | None = None) -> None:
     """When no job is left in ``parent``, put the processes of its leaf back and remove the leaf. Does what it can.
 
     Whoever made ``parent`` could not remove it otherwise. A scope of our own goes by itself.
@@ -311,7 +312,7 @@ def give_back(parent: str) -> None:
     if our_scope or not os.path.isdir(leaf):
         return
     try:
-        with locked(parent) as is_locked:
+        with locked(parent, patience) as is_locked:
             if not is_locked or dirs.subtree(parent) != [leaf, parent]:
                 return
             enabled = _words(f"{parent}/cgroup.subtree_control")

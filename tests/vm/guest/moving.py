@@ -27,6 +27,16 @@ def begin(imgrun: Imgrun, room: Path, kind: str) -> tuple[str, Path]:
     return job, io
 
 
+def freezes_without_a_user_namespace(root: Imgrun, room: Path) -> None:
+    job = root.good("start", "-d", "--userns", "off", IMAGES / "small.squashfs", "--", "hold", "4", "/go").strip()
+    root.reaches(job, "ready")
+    root.good("checkpoint", "--to", room / "c", job)
+    second = root.good("restore", "-d", room / "c").strip()
+    root.good("exec", second, "touch", "/go")
+    root.reaches(second, "same")
+    root.good("wait", second)
+
+
 def leave(imgrun: Imgrun, room: Path, job: str) -> Path:
     """Freeze the job to an archive that other guests are given; its path."""
     made = room / archive(imgrun)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from guest.conftest import IMAGES, Imgrun
-from guest.moving import begin, continues
+from guest.conftest import Imgrun
+from guest.moving import begin, continues, freezes_without_a_user_namespace
 
 
 def test_freezes_and_continues(root: Imgrun, room: Path) -> None:
@@ -18,10 +18,4 @@ def test_freezes_and_continues(root: Imgrun, room: Path) -> None:
 
 
 def test_without_a_user_namespace(root: Imgrun, room: Path) -> None:
-    job = root.good("start", "-d", "--userns", "off", IMAGES / "small.squashfs", "--", "hold", "4", "/go").strip()
-    root.reaches(job, "ready")
-    root.good("checkpoint", "--to", room / "c", job)
-    second = root.good("restore", "-d", room / "c").strip()
-    root.good("exec", second, "touch", "/go")
-    root.reaches(second, "same")
-    root.good("wait", second)
+    freezes_without_a_user_namespace(root, room)

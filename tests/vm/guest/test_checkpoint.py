@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from guest.conftest import IMAGES, Imgrun
-from guest.moving import begin, continues, leave
+from guest.conftest import Imgrun
+from guest.moving import begin, continues, freezes_without_a_user_namespace, leave
 
 
 def freezes_and_continues(imgrun: Imgrun, room: Path, kind: str) -> None:
@@ -30,11 +29,4 @@ def test_as_an_ordinary_user(user: Imgrun, room: Path) -> None:
 
 
 def test_as_root_without_a_user_namespace(root: Imgrun, room: Path) -> None:
-    job = root.good("start", "-d", "--userns", "off", IMAGES / "small.squashfs", "--", "hold", "4", "/etc/motd2").strip()
-    root.reaches(job, "ready")
-    root.good("checkpoint", "--to", room / "c", job)
-    second = root.good("restore", "-d", room / "c").strip()
-    root.good("exec", second, "touch", "/etc/motd2")
-    root.reaches(second, "same")
-    root.good("wait", second)
-    shutil.rmtree(room / "c")
+    freezes_without_a_user_namespace(root, room)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from guest.conftest import IMAGES, Imgrun
+from guest.conftest import CGROUPS, IMAGES, Imgrun, eventually, job_cgroups
 
 
 def test_life_of_a_job(user: Imgrun) -> None:
@@ -40,3 +44,34 @@ def test_ids_of_a_range(user: Imgrun, room: Path) -> None:
     script = "id -u; cat /proc/self/uid_map | wc -l"
     out = user.good("start", "--user", "1000", IMAGES / "small.squashfs", "--", "sh", "-c", script)
     assert out.split() == ["1000", "2"]
+
+
+def lose(imgrun: Imgrun) -> tuple[str, list[Path]]:
+    """A job whose supervisor is killed, and its state with it; its id, and the cgroups that it had."""
+    job = imgrun.good("start", "-d", IMAGES / "small.squashfs", "--", "sleep", "1000").strip()
+    record = json.loads(imgrun.good("inspect", job))
+    paths = [Path(path) for path in record["cgroups"]]
+    assert paths
+    assert all(path.is_dir() for path in paths)
+    os.kill(record["supervisor"], signal.SIGKILL)
+    shutil.rmtree(imgrun.state)
+    return job, paths
+
+
+def test_the_cgroups_of_a_lost_job_in_a_session(user: Imgrun) -> None:
+    """They are in a scope of its own, which systemd removes."""
+    _, paths = lose(user)
+    eventually(lambda: not any(path.exists() for path in paths), lambda: f"{paths} go")
+    assert not [path for path in CGROUPS.glob("**/imgrun-*.scope") if path.is_dir()]
+
+
+def test_the_cgroups_of_a_lost_job_in_a_service(root: Imgrun, make: Callable[..., Imgrun]) -> None:
+    """Its neighbours, which were moved aside for it, come back to their place."""
+    before = Path("/proc/self/cgroup").read_text()
+    job, paths = lose(root)
+    eventually(lambda: "populated 0" in (paths[0] / "cgroup.events").read_text(), lambda: f"the job of {paths} ends")
+    assert all(path.is_dir() for path in paths)
+    os.utime(paths[0], (time.time() - 120,) * 2)
+    assert make(name="other").good("gc").split() == [job]
+    assert list(job_cgroups()) == []
+    assert Path("/proc/self/cgroup").read_text() == before
