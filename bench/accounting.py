@@ -115,7 +115,7 @@ def _kill(place: Place, program: str) -> Mapping[str, float]:
         cgroup = reopen(Job.find("killed").cgroup_paths())
         with open(f"{go}/on", "w", encoding="ascii"):
             pass
-        while not cgroup.oom_kills() and process.poll() is None:
+        while not cgroup.memory.kills() and process.poll() is None:
             pass
         began = time.monotonic()
         process.wait()

@@ -2,37 +2,41 @@
 
 It is made beside its final name and renamed when it is complete (imgrun.checkpoints.manifest says what is in it). All that
 can fail is done while the job's processes stand still under CRIU, which lets them go on if anything does; only then is the
-job ended, and its files, where they can stay on their disk, are renamed into the checkpoint. It holds the job's memory, so
-it is its owner's alone.
+job ended, and its files, where they can stay on their disk, are renamed into the checkpoint, which gets its name at once.
+What takes longer makes it better and follows. It holds the job's memory, so it is its owner's alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from imgrun import criu, init_shim
 from imgrun import syscalls as sc
-from imgrun.checkpoints import archive, captured, criu_rpc, identity
+from imgrun.checkpoints import archive, captured, criu_rpc, identity, memory_files
 from imgrun.checkpoints.ahead import Ahead, Syncing
 from imgrun.checkpoints.archive import Archive
+from imgrun.checkpoints.criu_process import first_pid
 from imgrun.checkpoints.digests import Totals, lines
-from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, IMAGE, LIST, MANIFEST, SHIM, checksum, describe_files, size_of
-from imgrun.checkpoints.subject import How, Subject, building_archive, building_place, kept_log, refuse
-from imgrun.errors import CheckpointError, ImgrunError, JobStateError, NoSpace
+from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, LIST, MANIFEST, SHIM, checksum, describe_files, said, size_of
+from imgrun.checkpoints.refusals import explained, refuse
+from imgrun.checkpoints.subject import How, Subject, building_archive, building_place, kept_log
+from imgrun.checkpoints.writable import WritableImage
+from imgrun.errors import CheckpointError, ImgrunError, JobStateError
 from imgrun.isolation import namespaces
 from imgrun.isolation.processes import census, children_of
 from imgrun.state import now
 from imgrun.storage.trees import remove_tree
 
 LOG = "dump.log"
+NOT_CAPTURED = "the image is not captured, and must stay as it is"
 
 
 class Saved(NamedTuple):
@@ -51,45 +55,31 @@ def save(subject: Subject, target: str, how: How) -> Saved:
     target = target if target == "-" else os.path.abspath(target)
     refuse(subject, target, how)
     building = building_place(subject, target, how)
-    where = "standard output" if target == "-" else os.path.dirname(target)
+    saving = None
     complete = False
     try:
         remove_tree(building)
         if target != "-":
             os.makedirs(os.path.dirname(target), exist_ok=True)
+        if (unfinished := building_archive(subject, target, how)) is not None:
+            archive.check_place(unfinished)
         os.mkdir(building, 0o700)
         for name in ("processes", "files", "work"):
             os.mkdir(f"{building}/{name}", 0o700)
         saving = _Saving(subject, building, target, how)
         saving.run()
-        if not how.archive:
-            _replace(building, target)
         complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
-    except CheckpointError as e:
-        # CRIU's log, which would say so, has no space either.
-        if _is_full(building):
-            raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
-        raise
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(f"no space for the checkpoint in {where}", "free some, or save elsewhere") from e
-        if e.errno == errno.ESRCH:  # its processes had gone when they were looked at
-            raise JobStateError("the job is ending", "see 'imgrun inspect' for how") from e
-        raise CheckpointError(f"the checkpoint could not be written to {target}: {e.strerror or e}", "check the path") from e
+    except (CheckpointError, OSError) as e:
+        if (error := explained(e, building, target)) is e:
+            raise
+        raise error from e
     finally:
         if not complete:
             with contextlib.suppress(OSError):
                 os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
-        remove_tree(building)
-
-
-def _is_full(directory: str) -> bool:
-    try:
-        disk = os.statvfs(directory)
-    except OSError:
-        return False
-    return disk.f_bavail * disk.f_frsize < 1 << 16
+        if saving is None or not saving.kept:
+            remove_tree(building)
 
 
 class _Saving:
@@ -108,9 +98,12 @@ class _Saving:
         self.layers = ("scratch.img",) if self._sized else captured.LAYERS
         self._stays = False
         """Whether the files are left where they are until the job has ended."""
+        self.kept = False
+        """Whether it has to stay where it was made, although it did not get its name."""
         self._reaper = 0
         self._descriptors: dict[str, int] = {}
-        self._places = captured.memory_mounts(subject.spec)
+        self._places = memory_files.places(subject.spec)
+        self._image = WritableImage(subject, how) if subject.spec.root == "writable" else None
         # Open from the first: a failure of the disk is told to whoever had something open there before it.
         self._here = os.open(building, DIRECTORY)
         # To write to the disk meanwhile would take time from CRIU, for which a job that is to go on waits; before one that is
@@ -133,7 +126,7 @@ class _Saving:
             self._reaper = next(iter(children_of(subject.init)), 0)
             if not self._reaper:
                 raise JobStateError("the job is ending", "see 'imgrun inspect' for how")
-            criu.TASKS["save"] = lambda: captured.save_memory(self._places)
+            criu.TASKS["save"] = lambda: memory_files.save(self._places)
             dump = criu_rpc.Dump(
                 log=f"{self.building}/work/{criu.LOG}", kept=kept_log(subject, self.target),
                 images=f"{self.building}/processes", rounds=self.how.pre_dump, mark=self.mark, warn=self.warnings.append,
@@ -146,6 +139,8 @@ class _Saving:
                 _await_end(ended)
         finally:
             self._ahead.stop()
+            if self._image is not None:
+                self._image.let_go()
             for fd in opened:
                 os.close(fd)
         self.mark("end of the job" if not self.how.leave_running else "job runs on")
@@ -207,8 +202,8 @@ class _Saving:
         if not how.leave_running:
             movable = captured.can_rename(self.subject.scratch, f"{self.building}/files")
             self._stays = not self._sized if how.archive else movable
-        if how.capture_image:
-            captured.check_room_for(self.subject.spec.image, self.building)
+        if self._image is not None:
+            self._image.require_room(self.building)
 
     def _frozen(self, session: criu.Session, init: int) -> None:
         """Everything that must be of the same instant; and, unless the job is to run on, everything that can fail."""
@@ -233,6 +228,8 @@ class _Saving:
             if self.how.archive:
                 self._archive(self.subject.scratch if self._stays else f"{self.building}/files")
             else:
+                if self._image is not None:
+                    self._image.settle(self.manifest)
                 self._write_manifest()
             self._kill(init)
 
@@ -244,7 +241,7 @@ class _Saving:
                     f.write(waiting)
 
     def _count(self) -> None:
-        count = census(self._descriptors["pid"], criu.first_pid())
+        count = census(self._descriptors["pid"], first_pid())
         self.manifest["last_pid"] = count.largest
         self.manifest["processes"] = count.processes
         usage = self.subject.usage()
@@ -279,49 +276,69 @@ class _Saving:
             if self.how.archive:
                 self._archive(f"{self.building}/files")
             else:
-                self._list_files(f"{self.building}/files")
+                self._list_files()
                 self._write_manifest()
-            return
-        if self.how.archive:
-            return
+                _replace(self.building, self.target)
+        elif self.how.archive:
+            if self._image is not None and self._image.later:
+                self._try(self._add_image, NOT_CAPTURED)
+        else:
+            self._put_in_place()
+            self._complete()
+
+    def _put_in_place(self) -> None:
+        """Nobody else has the job any more: this is to take no longer than it must."""
         if self._stays:
             for name in self.layers:
                 try:
                     os.rename(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
                 except OSError:
                     captured.copy_tree(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
-            if self.subject.spec.scratch_size is not None:
-                captured.await_detached(f"{self.building}/files/{self.layers[0]}")  # unmounting it writes to it
-        # There is a good checkpoint; what follows may make it better, and must not make it worse.
         try:
-            if self.subject.spec.root == "writable":
-                self._take_image()
-            if not self._sized:
-                self._list_files(f"{self.building}/files")
-                self._write_manifest()
-        except (OSError, ImgrunError) as e:
-            for name in (LIST, f"{MANIFEST}.new"):
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self.building}/{name}")
-            self.warnings.append(f"what the job wrote to disk is not hashed: {e}")
+            _replace(self.building, self.target)
+        except OSError as e:
+            self.kept = True
+            why = f"{self.target} could not be put in its place: {e.strerror}; the whole checkpoint is {self.building}"
+            raise CheckpointError(why, f"restore from there, or rename it to {self.target}") from e
+        self.building = self.target
+
+    def _complete(self) -> None:
+        """There is a good checkpoint; what follows may make it better, and must not make it worse."""
+        if self._image is not None:
+            self._try(self._take_image, "how the job left its image is not known")
+        self._try(self._hash_files, "what the job wrote to disk is not hashed")
 
     def _take_image(self) -> None:
-        captured.await_detached(self.subject.spec.image)
-        self.manifest["image"] = identity.image(self.subject.spec.image)
-        if self.how.capture_image:
-            try:
-                captured.copy_tree(self.subject.spec.image, f"{self.building}/{IMAGE}")
-            except ImgrunError as e:
-                with contextlib.suppress(OSError):
-                    os.unlink(f"{self.building}/{IMAGE}")
-                self.warnings.append(f"the image is not captured, and must stay as it is: {e.message}")
-            self.mark("image")
+        assert self._image is not None
+        if why := self._image.take(self.building, self.manifest):
+            self.warnings.append(f"{NOT_CAPTURED}: {why}")
+        self.mark("image")
         self._write_manifest()
 
-    def _list_files(self, files: str) -> None:
-        """Note everything that the job wrote to disk, with hashes."""
+    def _hash_files(self) -> None:
+        if not self._sized:
+            self._list_files()
+            self._write_manifest()
+        elif self._stays:
+            captured.await_detached(f"{self.building}/files/{self.layers[0]}")  # unmounting it writes to it
+
+    def _try(self, step: Callable[[], None], otherwise: str) -> None:
+        try:
+            step()
+        except (OSError, ImgrunError) as e:
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self.building}/{MANIFEST}.new")
+            self.warnings.append(f"{otherwise}: {said(e)}")
+
+    def _add_image(self) -> None:
+        assert self._image is not None
+        self._image.add(self.target)
+        self.mark("image")
+
+    def _list_files(self, files: str | None = None) -> None:
+        """Note everything that the job wrote to disk, with hashes; ``files`` is where it is, if not in the checkpoint."""
         totals = Totals()
-        top = os.open(files, DIRECTORY)
+        top = os.open(files or f"{self.building}/files", DIRECTORY)
         try:
             with open(f"{self.building}/{LIST}", "wb") as f:
                 f.writelines(lines(top, self.layers, totals))
@@ -336,11 +353,17 @@ class _Saving:
         top = os.open(files, DIRECTORY)
         try:
             archive.check_holdable(top, self.layers)
+            image = None if self._image is None else self._image.settle(self.manifest)
+            self.mark("image")
             self._list_files(files)
             self._write_manifest(sync=False)
-            archive.write(Archive(path, building, self.how.output, self.how.compress), self.building, top, self.layers)
+            target = Archive(path, building, self.how.output, self.how.compress)
+            more = self.manifest["image"]["stored"] if self._image is not None and self._image.later else None
+            archive.write(target, self.building, top, self.layers, image, more)
         finally:
             os.close(top)
+            if self._image is not None:
+                self._image.let_go()
         self.mark("archive")
 
     def _write_manifest(self, *, sync: bool = True) -> None:

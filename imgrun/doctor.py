@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from imgrun import init_shim, probes
 from imgrun import syscalls as sc
+from imgrun.checkpoints.identity import HOW_TO_GET_CRIU
 from imgrun.errors import ImgrunError
 from imgrun.helper import find_program
 from imgrun.isolation import network, rootless, security
@@ -381,7 +382,7 @@ def _checkpoints() -> Check:
         return Check(name, "limited", f"imgrun-criu is damaged: {e}", cost, "install it again")
     program = find_program("criu")
     detail = "imgrun-criu is not installed" + (f"; {program} is not used, as it cannot be taken into a job" if program else "")
-    return Check(name, "limited", detail, cost, "pip install imgrun-criu, or ./dev setup")
+    return Check(name, "limited", detail, cost, HOW_TO_GET_CRIU)
 
 
 def _trial(state: str | None) -> Check:

@@ -90,7 +90,10 @@ class Ending(NamedTuple):
                     message, hint = "frozen to an archive, written to standard output", "'imgrun restore FILE' continues it"
             case "lost":
                 message = "a process that served the job from outside ended, and the job with it"
-                hint = f"see {self.job.path}/fuse.log, or criu/lazy.log there"
+                kept = self.job.read("job.json").get("keep")
+                hint = f"see {self.job.path}/fuse.log, or criu/lazy.log there" if kept else "--no-rm keeps what it logged"
+                if (changed := launch.changed_memory()) is not None:
+                    message, hint = changed
             case "time-limit":
                 message = f"the job ran into its time limit of {self.spec.time_limit:g} s"
                 hint = "give a larger --time-limit"

@@ -7,26 +7,19 @@ is changed.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from imgrun import syscalls as sc
-from imgrun.errors import (
-    ImageDamaged,
-    ImageError,
-    ImageFormatError,
-    ImageMissing,
-    PartitionError,
-    PrivilegeError,
-)
+from imgrun.errors import ImageError
 from imgrun.helper import Helper
 from imgrun.storage import disk, fuse, lock, loop, mount, superblock
-from imgrun.storage.blkid import Partition, signature
+from imgrun.storage.blkid import Partition
 from imgrun.storage.guest import OsInfo, check_architecture, has_os_release, identify
+from imgrun.storage.probing import ImageInfo, examine, open_file, probe, refuse_unfit, repair, with_partition
 
 __all__ = [
     "Access",
@@ -42,47 +35,11 @@ __all__ = [
 ]
 
 Access = Literal["overlay", "read-only", "writable"]
-Kind = Literal["directory", "filesystem", "disk"]
 
 WAIT_SECONDS = 2.0
 UNMOUNT_SECONDS = 10.0
 SUBVOLUMES = ("root", "@")
 """Where the usual installers put the root in a btrfs file system whose top level is not it."""
-
-
-class ImageInfo(NamedTuple):
-    """What an image holds. Sizes and offsets are in bytes.
-
-    ``offset`` and ``size`` bound the root file system in the file (all of it, or a partition). ``sector_size`` is the
-    logical block size for its loop device. ``needs_mount_probe`` tells that only a look into the candidate partitions
-    can decide which is the root; ``partition`` and ``fstype`` are then still unknown.
-    """
-
-    path: str
-    kind: Kind
-    file_size: int = 0
-    allocated: int = 0
-    fstype: str | None = None
-    offset: int = 0
-    size: int = 0
-    block_size: int = 0
-    sector_size: int = 512
-    uuid: str = ""
-    label: str = ""
-    table: str | None = None
-    """``gpt`` or ``dos`` for a disk."""
-    partition: int | None = None
-    partitions: tuple[Partition, ...] = ()
-    unclean: str = ""
-    """What was left undone when it was last written to; empty also where only a mount can tell (xfs)."""
-    replayable: bool = False
-    """Whether a writable mount would put ``unclean`` right."""
-    needs_mount_probe: bool = False
-
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.path if self.partition is None else f"partition {self.partition} of {self.path}"
 
 
 class Image:
@@ -146,18 +103,6 @@ class Image:
         self.close()
 
 
-def probe(path: str, partition: str | None = None) -> ImageInfo:
-    """What the image holds, and which part of it is the root. Needs to read the file and no more.
-
-    ``partition`` names one by number, label or UUID. Raises an ImageError that says why it cannot be used.
-    """
-    fd = _open(path, writable=False)
-    try:
-        return _examine(fd, path, partition)
-    finally:
-        os.close(fd)
-
-
 def open_image(
     path: str,
     access: Access,
@@ -178,16 +123,16 @@ def open_image(
     """
     writable = access == "writable"
     direct_io = writable if direct_io is None else direct_io
-    fd = _open(path, writable=writable)
+    fd = open_file(path, writable=writable)
     try:
         lock.hold(fd, path, exclusive=writable, wait=wait)
         if stat.S_ISDIR(os.fstat(fd).st_mode):
-            return Image(_examine(fd, path, partition), access, fd, None)
+            return Image(examine(fd, path, partition), access, fd, None)
         lock.refuse_attached(fd, path, exclusive=writable, wait=wait)
-        info = _examine(fd, path, partition)
+        info = examine(fd, path, partition)
         if info.needs_mount_probe:
             info = _decide_by_content(fd, info, direct_io, serve_in)
-        _refuse_unfit(info, writable)
+        refuse_unfit(info, writable)
         if serve_in is not None:
             return Image(info, access, fd, None, serve_in)
         return Image(info, access, fd, _attach(fd, info, not writable, direct_io))
@@ -204,125 +149,6 @@ def inspect(path: str, partition: str | None = None) -> dict[str, Any]:
     from imgrun.storage.report import report
 
     return report(path, partition)
-
-
-def _open(path: str, *, writable: bool) -> int:
-    """Open an image without side effects on what may turn out to be a device or a pipe."""
-    try:
-        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    except (OSError, ValueError) as e:
-        raise _missing(path, e) from e
-    try:
-        mode = os.fstat(found).st_mode
-        if stat.S_ISBLK(mode):
-            raise ImageMissing(
-                f"{path} is a block device; an image is a file or a directory", "mount it and give the directory"
-            )
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise ImageMissing(f"{path} is {_file_kind(mode)}; an image is a file or a directory", "check the path")
-        flags = os.O_RDWR if writable and stat.S_ISREG(mode) else os.O_RDONLY
-        return os.open(f"/proc/self/fd/{found}", flags | os.O_CLOEXEC)
-    except OSError as e:
-        if writable and e.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ETXTBSY):
-            raise PrivilegeError(f"{path} cannot be written to: {e.strerror}", "run without --writable") from e
-        raise _missing(path, e) from e
-    finally:
-        os.close(found)
-
-
-def _missing(path: str, e: OSError | ValueError) -> ImageMissing:
-    if isinstance(e, FileNotFoundError | NotADirectoryError):
-        return ImageMissing(f"{path}: there is no such image", "check the path")
-    if isinstance(e, PermissionError):
-        return ImageMissing(f"{path} may not be read by this user", "ask its owner for read permission")
-    return ImageMissing(f"{path} cannot be opened: {e.strerror if isinstance(e, OSError) else e}", "check the path")
-
-
-def _file_kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a character device"}
-    return kinds.get(stat.S_IFMT(mode), "not a regular file")
-
-
-def _examine(fd: int, path: str, partition: str | None) -> ImageInfo:
-    status = os.fstat(fd)
-    if stat.S_ISDIR(status.st_mode):
-        if partition is not None:
-            raise PartitionError(f"{path} is a directory: it has no partition {partition!r}")
-        return ImageInfo(path, "directory")
-    size = status.st_size
-    if size == 0:
-        raise ImageFormatError(f"{path} is empty", "was it ever filled, or its download finished?")
-    info = ImageInfo(path, "disk", size, status.st_blocks * 512)
-    try:
-        found = None if partition is not None else signature(fd, 0, size, path)
-        if found is not None and found.type in superblock.DRIVERS:
-            info = info._replace(kind="filesystem", size=size, fstype=found.type, uuid=found.uuid, label=found.label)
-            return _with_superblock(fd, info)
-        choice = disk.choose(fd, size, path, partition, found.type if found else "")
-        info = info._replace(table=choice.table.kind, partitions=choice.table.partitions)
-        if choice.root is None:
-            return info._replace(needs_mount_probe=True)
-        return _with_partition(fd, info, choice.root)
-    except OSError as e:
-        raise ImageDamaged(f"{path} cannot be read: {e.strerror}", "check the disk it is on") from e
-
-
-def _with_partition(fd: int, info: ImageInfo, root: Partition) -> ImageInfo:
-    info = info._replace(partition=root.number, offset=root.offset, size=root.size)
-    found = signature(fd, root.offset, root.size, info.name)
-    if found is None or found.type not in superblock.DRIVERS:
-        raise disk.unusable(fd, root.offset, root.size, info.path, info.name, found.type if found else "")
-    return _with_superblock(fd, info._replace(fstype=found.type, uuid=found.uuid, label=found.label))
-
-
-def _with_superblock(fd: int, info: ImageInfo) -> ImageInfo:
-    fstype = info.fstype or ""
-    sb = superblock.read(fd, info.offset, fstype)
-    if sb is None or sb.size > info.size:
-        needs = f"its {fstype} file system has {sb.size} bytes" if sb else f"its {fstype} superblock is cut off"
-        where = "the file" if info.partition is None else "the partition"
-        raise ImageDamaged(
-            f"{info.name} is truncated: {needs}, {where} only {info.size}", "was its copy or download cut short?"
-        )
-    if sb.size > info.size // 512 * 512:
-        from shlex import quote
-
-        raise ImageDamaged(
-            f"{info.name} has {info.size} bytes, which is not a multiple of 512: its end cannot be read",
-            f"pad it: truncate -s %4096 {quote(info.path)}",
-        )
-    if sb.incomplete:
-        raise ImageFormatError(f"{info.name} cannot be used on its own: {sb.incomplete}")
-    aligned = sb.sector_size >= 4096 and info.offset % 4096 == 0 and info.size % 4096 == 0
-    return info._replace(
-        block_size=sb.block_size, sector_size=4096 if aligned else 512, unclean=sb.unclean, replayable=sb.replayable
-    )
-
-
-def _refuse_unfit(info: ImageInfo, writable: bool) -> None:
-    if writable and info.fstype in superblock.READ_ONLY_KINDS:
-        raise ImageFormatError(
-            f"{info.name} is {info.fstype}, which cannot be written to",
-            "run without --writable: an overlay takes writes",
-        )
-    if info.unclean and not (writable and info.replayable):
-        raise ImageDamaged(f"{info.name} is not clean: {info.unclean}", _repair(info))
-
-
-def _repair(info: ImageInfo) -> str:
-    """How to make an unclean file system clean."""
-    from shlex import quote
-
-    path = quote(info.path)
-    if superblock.DRIVERS[info.fstype or ""] == "ext4":
-        check = f"e2fsck {'-p' if info.replayable else '-f'}"
-        if info.partition is None:
-            return f"repair it with: {check} {path}"
-        part = f"losetup --find --show --offset {info.offset} --sizelimit {info.size} {path}"
-        return f"repair it with: d=$({part}) && {check} $d; losetup -d $d"
-    options = "loop" if info.partition is None else f"loop,offset={info.offset},sizelimit={info.size}"
-    once = f"finish it by mounting it once: mount -o {options} {path} /mnt && umount /mnt"
-    return once + ("; if that fails, xfs_repair" if info.fstype == "xfs" else "; if that fails, btrfs rescue zero-log")
 
 
 def _attach(fd: int, info: ImageInfo, read_only: bool, direct_io: bool) -> loop.Device:
@@ -358,7 +184,7 @@ def _mount_root(device: loop.Device, info: ImageInfo, *, read_only: bool, peek: 
 
     def make() -> int:
         return mount.file_system(
-            fstype, device.source, options, read_only=read_only, name=info.name, hint=lambda: _repair(info)
+            fstype, device.source, options, read_only=read_only, name=info.name, hint=lambda: repair(info)
         )
 
     root = make()
@@ -421,7 +247,7 @@ def _decide_by_content(fd: int, info: ImageInfo, direct_io: bool, serve_in: str 
         if candidate.fstype not in superblock.DRIVERS:
             continue
         try:
-            one = _with_partition(fd, info._replace(needs_mount_probe=False), candidate)
+            one = with_partition(fd, info._replace(needs_mount_probe=False), candidate)
             with _peek(fd, one, direct_io, serve_in) as root:
                 if has_os_release(root):
                     roots.append(one)

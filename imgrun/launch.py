@@ -15,7 +15,7 @@ from imgrun import init_shim, passwd
 from imgrun.accounting.meter import Meter
 from imgrun.channel import Channel
 from imgrun.environment import login_environment
-from imgrun.errors import CheckpointError, CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
+from imgrun.errors import CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
@@ -361,6 +361,13 @@ class Launch:
         # While the first process mounts: it does not execute anything before the meter has noted where counters stand.
         self.meter.start_counting(self.pid)
         self._close_mounts()
+        if self.checkpoint is not None:
+            from imgrun.checkpoints import criu_messages
+
+            try:
+                criu_messages.load()
+            except ImportError:
+                pass  # that is said when it is needed
 
     def _close_mounts(self) -> None:
         for fd in self._fds.values():
@@ -408,16 +415,6 @@ class Launch:
 
     # -- freezing and continuing --------------------------------------------------------------------------------------
 
-    def check_freezable(self) -> None:
-        """Raise CheckpointError for what is known beforehand not to be freezable."""
-        spec = self.spec
-        if spec.init != "shim":
-            raise CheckpointError(f"a job with --init {spec.init} cannot be checkpointed", "start it with --init shim")
-        if spec.tty:
-            raise CheckpointError("a job with a terminal cannot be checkpointed", "start it without --tty")
-        if spec.seccomp != "off":
-            raise CheckpointError("a job with a system call filter cannot be checkpointed", "start it without --seccomp")
-
     def subject(self, began: float, stdin: int | None, unsent: bytes) -> Subject:
         """What a checkpoint has to know of the job, which began at this time of the monotonic clock.
 
@@ -456,6 +453,19 @@ class Launch:
         if warning is not None:
             self.warnings.append(warning)
         self.mark("processes restored")
+
+    def changed_memory(self) -> tuple[str, str] | None:
+        """What to say, and to do, where memory that the job needed was changed in the checkpoint; the job has not seen it."""
+        if self._fetching is None or self.checkpoint is None:
+            return None
+        from imgrun.checkpoints.lazily import changed
+        from imgrun.checkpoints.manifest import OLDER
+        from imgrun.checkpoints.preflight import cannot_continue
+
+        name = changed(self._fetching.log)
+        if name is None:
+            return None
+        return cannot_continue(self.checkpoint, f"{name} was changed; the job ran until it needed what was there"), OLDER
 
     def _keep_log(self, path: str) -> str:
         """The job's directory goes with its failed start; why it failed shall stay. Returns where to look."""

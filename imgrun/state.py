@@ -40,12 +40,13 @@ def default_root() -> str:
         if not os.path.isabs(home):  # then it is to be passed over (XDG Base Directory Specification)
             home = os.path.abspath(os.path.expanduser("~/.local/state"))
         usual = os.path.join(home, "imgrun")
-    if _no_upper_layer(usual) and not _no_upper_layer("/var/tmp"):
+    if no_upper_layer(usual) and not no_upper_layer("/var/tmp"):
         return f"/var/tmp/imgrun-{os.geteuid()}"
     return usual
 
 
-def _no_upper_layer(path: str) -> bool:
+def no_upper_layer(path: str) -> bool:
+    """Whether what is or will be at the absolute ``path`` is on a file system that cannot be an overlay's upper layer."""
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     try:
@@ -217,9 +218,10 @@ class StateRoot:
             except FileExistsError:
                 holder = self._named(name)
                 if holder is not None and not (continues and self._frozen(holder)):
-                    raise NameInUse(
-                        f"the name {name!r} is in use by job {holder}", f"choose another, or 'imgrun rm {name}'"
-                    ) from None
+                    # A continued job has the name of its first life.
+                    hint = f"'imgrun rm {name}' frees it, with --force while that job runs"
+                    hint = hint if continues else f"choose another; or {hint}"
+                    raise NameInUse(f"the name {name!r} is in use by job {holder}", hint) from None
                 self._drop_stale(name, frozen=continues)
             except OSError as e:
                 raise state_error(e, self.path) from e

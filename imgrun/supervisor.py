@@ -20,7 +20,7 @@ from imgrun.channel import Channel
 from imgrun.checkpoints.freezer import Freezer
 from imgrun.control import Control
 from imgrun.ending import Ending, exit_of
-from imgrun.errors import HostError, ImgrunError, StartError
+from imgrun.errors import CheckpointError, HostError, ImgrunError, StartError
 from imgrun.init_shim import Exited, Record, Signaled, StatusReader, StepFailed
 from imgrun.launch import Launch
 from imgrun.result import Reason, Result
@@ -399,9 +399,7 @@ class Supervisor:
                 self._freezer.begin(str(message["to"]), How.asked(message, fds), asker)
                 return None
             case "stats":
-                launch = self._launch
-                assert launch is not None
-                return {"ok": True, "usage": launch.meter.live(time.monotonic() - self._began)}
+                return {"ok": True, "usage": self.launch.meter.live(time.monotonic() - self._began)}
             case "update":
                 return {"ok": True, "notes": self._update(message["changes"])}
             case other:
@@ -433,7 +431,10 @@ class Supervisor:
     # -- what the freezer needs of us ---------------------------------------------------------------------------------
 
     def subject(self) -> Subject:
-        self.launch.check_freezable()
+        from imgrun.checkpoints.refusals import unfreezable
+
+        if why := unfreezable(self.spec):
+            raise CheckpointError(f"the job cannot be saved: {why}", "see 'imgrun check'")
         return self.launch.subject(self._began, self.streams.source(), self.streams.unsent())
 
     def make_room(self) -> None:

@@ -29,7 +29,6 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 
-MS_RDONLY = 1
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
@@ -53,7 +52,6 @@ MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
 MOUNT_ATTR_NODEV = 0x04
 MOUNT_ATTR_NOEXEC = 0x08
-MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_IDMAP = 0x00100000
 
 RESOLVE_NO_XDEV = 0x01
@@ -66,11 +64,9 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
-PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
-PR_SET_NAME = 15
 
 CLOSE_RANGE_CLOEXEC = 4
 
@@ -115,6 +111,13 @@ def setns(fd: int, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     _checked(_lib.ig_pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
+def kernel_version() -> tuple[int, int]:
+    """Of the running kernel, as far as features are tied to it: (6, 12) for 6.12-rc1 (uname(2))."""
+    major, minor = os.uname().release.split(".")[:2]
+    rest = minor.lstrip("0123456789")
+    return int(major), int(minor.removesuffix(rest))
 
 
 def syncfs(fd: int) -> None:

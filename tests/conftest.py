@@ -14,9 +14,9 @@ pytest.register_assert_rewrite("command", "forked", "images", "leaks")
 from command import Imgrun  # noqa: E402
 from leaks import Leaks  # noqa: E402
 
-from images import Images, images  # noqa: E402
+from images import Images, clean_afterwards, images  # noqa: E402
 
-__all__ = ["images"]
+__all__ = ["clean_afterwards", "images"]
 
 settings.register_profile("imgrun", deadline=None)
 settings.load_profile("imgrun")

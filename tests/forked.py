@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from imgrun import syscalls as sc
@@ -36,3 +39,17 @@ def in_child(work: Callable[[], Any], *, uid: int = 0, flags: int = 0) -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@contextmanager
+def sleeper() -> Iterator[int]:
+    """The pid of a child that does nothing, for a while that ends with this at the latest."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)

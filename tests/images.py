@@ -12,19 +12,16 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from command import COMMAND
+from command import COMMAND, eventually
+from leaks import loops_of
 
 KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "squashfs", "erofs")
 WRITABLE_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
-TOOLS = {
-    "ext2": "mke2fs", "ext3": "mke2fs", "ext4": "mke2fs", "xfs": "mkfs.xfs", "btrfs": "mkfs.btrfs",
-    "squashfs": "mksquashfs", "erofs": "mkfs.erofs",
-}  # fmt: skip
 TOP = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("IMGRUN_CACHE") or Path.home() / ".cache/imgrun-dev")
 SIZES = {"ext2": 32 << 20, "ext3": 32 << 20, "ext4": 32 << 20, "xfs": 300 << 20, "btrfs": 128 << 20}
@@ -266,6 +263,17 @@ class Images:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     return Images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def clean_afterwards(images: Images, tmp_path: Path) -> Iterator[None]:
+    """After a test that uses images in this process: the descriptors, mounts and loop devices of before."""
+    descriptors = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == descriptors
+    for directory in (tmp_path, images.directory):
+        assert str(directory) not in Path("/proc/self/mounts").read_text()
+        eventually(lambda d=directory: not loops_of(d), f"loop devices of {directory} are freed")  # type: ignore[misc]
 
 
 def _table_type(kind: str, table: str) -> str:

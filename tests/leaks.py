@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imgrun.isolation.cgroups.orphans import remove_orphans
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds that the kernel and supervisors get to clean up what has ended."""
 
 
@@ -41,10 +41,8 @@ class Leaks:
             time.sleep(0.02)
 
     def _loops(self) -> Iterator[str]:
-        for device in Path("/sys/block").glob("loop*"):
-            name = read(device / "loop/backing_file").strip()
-            if name.startswith(self.base):
-                yield f"{device.name}, a loop device of {name}"
+        for device, name in loops_of(self.base).items():
+            yield f"{device}, a loop device of {name}"
 
     def _mounts(self) -> Iterator[str]:
         for line in read(Path("/proc/self/mountinfo")).splitlines():
@@ -77,6 +75,12 @@ class Leaks:
             # Those of other sessions come and go with processes in them.
             if not has_foreign_processes(path, self):
                 yield path
+
+
+def loops_of(place: str | Path) -> dict[str, str]:
+    """The loop devices whose file is, or is in, ``place``, and those files."""
+    files = {device.name: read(device / "loop/backing_file").strip() for device in Path("/sys/block").glob("loop*")}
+    return {name: file for name, file in files.items() if file.startswith(str(place))}
 
 
 def cgroups() -> Iterator[str]:

@@ -10,13 +10,18 @@ from __future__ import annotations
 import fcntl
 import os
 import pwd
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from command import COMMAND, Imgrun
 from leaks import Leaks, read
+
+from images import Images, sha256
 
 PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 RANGE = 65536
@@ -201,7 +206,80 @@ class UserLeaks(Leaks):
         return [*super().left(), *processes]
 
 
+def empty_state(run: Imgrun, state: Path) -> None:
+    """See that imgrun leaves nothing in its state directory when it is asked to."""
+    if not (state / "jobs").exists():
+        return
+    if jobs := sorted(os.listdir(state / "jobs")):
+        assert run("rm", "--force", *jobs).status == 0
+    assert run("gc").status == 0
+    left = sorted(str(path.relative_to(state)) for path in state.glob("*/*"))
+    assert left == [], "imgrun cannot clean its state directory"
+
+
 def has_route() -> bool:
     """Whether there is a way out that a private network could lead to."""
     rows = [line.split() for line in read(Path("/proc/net/route")).splitlines()[1:]]
     return any(row[1] == "0" * 8 for row in rows)
+
+
+# -- fixtures, for the directories of tests whose conftest imports them ---------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def users() -> Iterator[Users]:
+    users = Users()
+    yield users
+    users.close()
+
+
+@pytest.fixture(scope="session")
+def base() -> Iterator[Path]:
+    """A directory that the users can reach, as they cannot that of pytest's. Its path is short: there may be sockets in it."""
+    top = Path(tempfile.mkdtemp(prefix="imgrun-tests-"))
+    top.chmod(0o755)
+    path = top / "session"
+    path.mkdir()
+    yield path
+    shutil.rmtree(top)
+
+
+@pytest.fixture(scope="session")
+def world(base: Path, users: Users) -> Iterator[World]:
+    world = World(base / "nodes")
+    yield world
+    world.close()
+
+
+@pytest.fixture(scope="session")
+def leaks(base: Path, users: Users, world: World) -> Iterator[UserLeaks]:
+    leaks = UserLeaks(base, users)
+    yield leaks
+    leaks.check()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(leaks: UserLeaks) -> Iterator[None]:
+    """No test leaves a process of the users, a mount, a cgroup or a loop device."""
+    yield
+    leaks.check()
+
+
+@pytest.fixture
+def state_dir() -> None:
+    """Whoever runs imgrun has a state directory of his own."""
+
+
+@pytest.fixture(scope="session")
+def images(base: Path) -> Images:
+    (base / "images").mkdir()
+    return Images(base / "images")
+
+
+@pytest.fixture(scope="session")
+def image(images: Images) -> Iterator[Path]:
+    """The squashfs that most tests use. No byte of it ever changes."""
+    path = images.filesystem("squashfs")
+    before = sha256(path)
+    yield path
+    assert sha256(path) == before

@@ -30,13 +30,13 @@ class Hold:
         """Have the kernel not kill the job at its limit. Raises LimitError where it cannot."""
         self._job = job
         self._cgroup = cgroup
-        cgroup.hold_when_full()
+        cgroup.memory.hold_when_full()
         self.held: Verdict | None = None
         """Why, while it is."""
 
     def is_due(self) -> bool:
         """Whether the job waits for memory at its own limit, and is not held yet."""
-        return self.held is None and self._cgroup.is_full()
+        return self.held is None and self._cgroup.memory.is_full()
 
     def wait_for_start(self, status: int) -> None:
         """Return when the shim's report can be read.
@@ -46,8 +46,8 @@ class Hold:
         poll = select.poll()
         poll.register(status, select.POLLIN)
         while not poll.poll(PATIENCE * 1000):
-            if self._cgroup.is_full():
-                self._cgroup.kill_when_full()
+            if self._cgroup.memory.is_full():
+                self._cgroup.memory.kill_when_full()
 
     def begin(self, verdict: Verdict) -> None:
         self.held = verdict
@@ -57,7 +57,7 @@ class Hold:
     def renew(self) -> None:
         """The limit has changed."""
         try:
-            self._cgroup.hold_when_full()
+            self._cgroup.memory.hold_when_full()
         except LimitError:
             pass  # it is ending
 

@@ -58,7 +58,7 @@ class MemoryWatch:
     def __init__(self, cgroup: JobCgroup, init: int) -> None:
         """``init`` is the host's pid of the job's PID 1, whose user namespace has its map by now."""
         self._cgroup = cgroup
-        self._levels = cgroup.memory_levels()
+        self._levels = cgroup.memory.levels()
         self._log = KernelLog(os.path.basename(cgroup.paths[0]), own_ids(init)) if cgroup.paths else None
         self._looked_at = float("-inf")
         self._began: float | None = None
@@ -70,7 +70,7 @@ class MemoryWatch:
 
     def source(self) -> tuple[int, int] | None:
         """What to poll to learn of events; None where the kernel does not tell."""
-        source = self._cgroup.memory_event_source()
+        source = self._cgroup.memory.event_source()
         return source if source[0] >= 0 else None
 
     def note_event(self) -> None:
@@ -79,7 +79,7 @@ class MemoryWatch:
         if moment - self._looked_at > AGAIN:
             self.look()
             self._looked_at = time.monotonic()
-        self._cgroup.acknowledge_memory_event()
+        self._cgroup.memory.acknowledge()
         if self._levels is not None:
             self._levels.note_event()
         self._began, self._pause = moment, WAIT_FIRST
@@ -107,7 +107,7 @@ class MemoryWatch:
 
         What happens at a limit that the job has set inside itself is its own matter.
         """
-        if not self._cgroup.oom_kills():
+        if not self._cgroup.memory.kills():
             return False
         return self._levels is None or self._levels.culprit().whose != "inside"
 

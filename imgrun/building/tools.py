@@ -9,8 +9,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO
 
 from imgrun.errors import HostError, NoSpace, PrivilegeError
@@ -105,17 +106,19 @@ class Tools:
         with _memory_file() as given, _memory_file() as written:
             given.write(stdin)
             given.seek(0)
-            process = subprocess.Popen(
-                full, executable=self.find(full[0]), stdin=given, stdout=written, stderr=subprocess.PIPE,
-                env=self._environment(env or {}), pass_fds=tuple(pass_fds), start_new_session=True,
-            )  # fmt: skip
+            process: subprocess.Popen[bytes] | None = None
             lines: list[str] = []
             try:
+                with undisturbed():  # or it would run, and nobody know of it
+                    process = subprocess.Popen(
+                        full, executable=self.find(full[0]), stdin=given, stdout=written, stderr=subprocess.PIPE,
+                        env=self._environment(env or {}), pass_fds=tuple(pass_fds), start_new_session=True,
+                    )  # fmt: skip
                 assert process.stderr is not None
                 lines = self._read_lines(process.stderr, interesting)
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             finally:
-                status = _end_session(process)
+                status = _end_session(process) if process is not None else 0
             written.seek(0)
             output = written.read().decode(errors="replace")
             if status != 0:
@@ -180,6 +183,26 @@ class Tools:
             if words:
                 self.progress(words)
         return list(lines)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that Python handles are kept until the end of it, and handled then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # they are not for this one
+        return
+    came: list[int] = []
+    found = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            before[late](late, None)
 
 
 def _memory_file() -> IO[bytes]:

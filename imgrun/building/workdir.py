@@ -10,7 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 
-from imgrun.building.tools import Tools, no_space_in
+from imgrun.building.tools import Tools, no_space_in, undisturbed
 from imgrun.errors import HostError, PrivilegeError
 
 
@@ -37,7 +37,8 @@ def workdir(tools: Tools, parent: str, prefix: str, mode: int) -> Iterator[str]:
         yield path
     finally:
         try:
-            tools.remove_tree(path)
+            with undisturbed():
+                tools.remove_tree(path)
         finally:
             os.close(fd)
 

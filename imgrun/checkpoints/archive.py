@@ -1,28 +1,34 @@
 """A checkpoint as one stream: a tar archive in the format of POSIX, through zstd where that is asked for.
 
-    manifest.json files.list shim stdin processes/... files/...
+    manifest.json files.list shim stdin processes/... files/... image.img image.json
 
-The manifest comes first: whoever unpacks it knows what is to come. tar(1) of GNU reads it, extended attributes and holes
-included (``tar --xattrs --xattrs-include='*'``). Reading it is imgrun.checkpoints.unpacking.
+The manifest comes first: whoever unpacks it knows what is to come. But an image that is complete only when the job has ended
+is added to what is an archive already: its size and hash follow it, in image.json. tar(1) of GNU reads it, extended attributes
+and holes included (``tar --xattrs --xattrs-include='*'``). Reading it is imgrun.checkpoints.unpacker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+import signal
 import stat
 import subprocess
 import tarfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from imgrun.checkpoints.digests import Entry, open_inside, walk
-from imgrun.checkpoints.manifest import MANIFEST, PARTS, list_files
+from imgrun.checkpoints.manifest import DIRECTORY, IMAGE, IMAGE_RECORD, MANIFEST, PARTS, list_files
 from imgrun.errors import CheckpointError, HostError
 from imgrun.helper import find_program
 
 BLOCK = 512
 COPY = 1 << 20
-PIPE = 1 << 20
+SLACK = 8 << 20
+"""Bytes for what else an image may become when it is completed, and to say what is in it."""
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 LEVEL = "-1"
 """Of zstd: memory is written about as fast as a good disk takes it; higher ones save little of it."""
 
@@ -45,6 +51,12 @@ def zstd() -> str:
     return program
 
 
+def check_place(path: str) -> None:
+    """See that a file of this name can be made. Raises OSError."""
+    os.close(os.open(path, NEW, 0o600))
+    os.unlink(path)
+
+
 def check_holdable(files: int, layers: tuple[str, ...]) -> None:
     """Raise CheckpointError for what the job has on disk and an archive could not bring back."""
     for entry in walk(files, layers):
@@ -53,36 +65,67 @@ def check_holdable(files: int, layers: tuple[str, ...]) -> None:
             raise CheckpointError(f"the job has made the device {entry.path}, which no archive brings back", "remove it")
 
 
-def write(archive: Archive, directory: str, files: int, layers: tuple[str, ...]) -> int:
+def write(
+    archive: Archive, directory: str, files: int, layers: tuple[str, ...], image: str | None = None, more: int | None = None
+) -> None:
     """Write the checkpoint in ``directory``, whose ``files/`` are the ``layers`` below the descriptor ``files``.
 
-    The file gets its name when all of it is on the disk. Returns its size. Raises OSError, CheckpointError.
+    ``image`` is the real path of the image that belongs to it; ``more`` how many bytes of one will be added later.
+
+    The file gets its name when all of it is on the disk. Raises OSError, CheckpointError.
     """
     temporary = archive.building
     fd = archive.fd
     if temporary is None:
         os.set_blocking(fd, True)
     else:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(temporary, NEW, 0o600)
     try:
         if archive.compress:
             with _Compressor(fd) as compressor:
-                size = _write(compressor.sink, directory, files, layers)
+                _write(compressor.sink, directory, files, layers, image, end=more is None)
         else:
-            size = _write(fd, directory, files, layers)
+            _write(fd, directory, files, layers, image, end=more is None)
         if temporary is not None and archive.path is not None:
+            if more is not None:
+                _require_room(fd, more + SLACK)
             os.fsync(fd)
-            size = os.fstat(fd).st_size
             os.rename(temporary, archive.path)
             _sync(os.path.dirname(archive.path))
-        return size
     except BaseException:
         if temporary is not None:
-            os.unlink(temporary)
+            with contextlib.suppress(FileNotFoundError):  # it has its name
+                os.unlink(temporary)
         raise
     finally:
         if temporary is not None:
             os.close(fd)
+
+
+def add_image(path: str, compress: bool, image: str, description: dict[str, Any]) -> None:
+    """Add the image with this real path to an archive that was written without its end. Raises OSError, CheckpointError.
+
+    The archive is what it was when that fails.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+    end = os.fstat(fd).st_size
+    try:
+        with _Compressor(fd) if compress else contextlib.nullcontext() as compressor:
+            writer = _Writer(fd if compressor is None else compressor.sink)
+            _add_image(writer, image)
+            writer.add_text(IMAGE_RECORD, json.dumps(description).encode())
+            writer.end()
+        end = os.fstat(fd).st_size
+    finally:
+        os.ftruncate(fd, end)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def _require_room(fd: int, size: int) -> None:
+    space = os.fstatvfs(fd)
+    if size > space.f_bavail * space.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _sync(directory: str) -> None:
@@ -99,7 +142,7 @@ class _Compressor:
     def __init__(self, target: int) -> None:
         words = [zstd(), LEVEL, "-T0", "--quiet", "--stdout"]
         self._process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=target, stderr=subprocess.PIPE, pipesize=PIPE, cwd="/",
+            words, stdin=subprocess.PIPE, stdout=target, stderr=subprocess.PIPE, pipesize=COPY, cwd="/",
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
         )  # fmt: skip
         assert self._process.stdin is not None
@@ -114,14 +157,15 @@ class _Compressor:
             process.kill()
         words: bytes = process.communicate()[1]
         if process.returncode and (kind is None or kind is BrokenPipeError):
-            why = words.decode(errors="replace").strip().splitlines()[-1:] or ["it was killed"]
-            code = errno.ENOSPC if "No space" in why[0] else errno.EPIPE if "Broken pipe" in why[0] else errno.EIO
-            raise OSError(code, f"zstd: {why[0]}")
+            said = (words.decode(errors="replace").strip().splitlines()[-1:] or ["it was killed"])[0]
+            gone = process.returncode == -signal.SIGPIPE or "Broken pipe" in said
+            code = errno.EPIPE if gone else errno.ENOSPC if "No space" in said else errno.EIO
+            raise OSError(code, f"zstd failed: {said.rpartition(' : ')[2]}")
 
 
-def _write(sink: int, directory: str, files: int, layers: tuple[str, ...]) -> int:
+def _write(sink: int, directory: str, files: int, layers: tuple[str, ...], image: str | None, *, end: bool) -> None:
     writer = _Writer(sink)
-    top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    top = os.open(directory, DIRECTORY)
     try:
         names = [MANIFEST, *list_files(top)]
         # Directories before what is in them.
@@ -137,8 +181,19 @@ def _write(sink: int, directory: str, files: int, layers: tuple[str, ...]) -> in
             writer.add(entry, f"files/{entry.path}")
     finally:
         os.close(top)
-    writer.end()
-    return writer.written
+    if image is not None:
+        _add_image(writer, image)
+    if end:
+        writer.end()
+
+
+def _add_image(writer: _Writer, path: str) -> None:
+    above = os.open(os.path.dirname(path), DIRECTORY)
+    try:
+        for entry in walk(above, [os.path.basename(path)]):
+            writer.add(entry, IMAGE)
+    finally:
+        os.close(above)
 
 
 class _Writer:
@@ -147,13 +202,18 @@ class _Writer:
     def __init__(self, sink: int) -> None:
         self._sink = sink
         self._links: dict[tuple[int, int], str] = {}
-        self.written = 0
 
     def add_directory(self, name: str) -> None:
         info = tarfile.TarInfo(name)
         info.type = tarfile.DIRTYPE
         info.mode = 0o700
         self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8"))
+
+    def add_text(self, name: str, content: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8"))
+        self._put(content + bytes(-len(content) % BLOCK))
 
     def add(self, entry: Entry, name: str) -> None:
         status = entry.status
@@ -177,7 +237,7 @@ class _Writer:
             info.type, info.linkname = tarfile.SYMTYPE, entry.target()
         elif kind == stat.S_IFDIR:
             info.type = tarfile.DIRTYPE
-            here = os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=entry.parent)
+            here = os.open(entry.name, DIRECTORY, dir_fd=entry.parent)
             try:
                 info.pax_headers = _attributes(here)
             finally:
@@ -222,7 +282,6 @@ class _Writer:
             if sent == 0:
                 raise CheckpointError(f"{name} became shorter while it was archived", "checkpoint it again")
             start += sent
-            self.written += sent
 
     def _send(self, fd: int, start: int, length: int) -> int:
         try:
@@ -238,7 +297,6 @@ class _Writer:
         while view:
             sent = os.write(self._sink, view)
             view = view[sent:]
-            self.written += sent
 
     def end(self) -> None:
         self._put(bytes(2 * BLOCK))

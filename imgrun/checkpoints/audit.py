@@ -12,9 +12,9 @@ import stat
 import sys
 from collections.abc import Iterator
 
+from imgrun.checkpoints.criu_process import first_pid
 from imgrun.checkpoints.criu_rpc import GHOST_LIMIT
 from imgrun.checkpoints.preflight import Finding, Level
-from imgrun.criu import first_pid
 from imgrun.isolation.processes import children_of, members
 from imgrun.job import Job
 

@@ -1,41 +1,21 @@
-"""What of a job is saved beside its processes, and how: files, memory file systems, waiting input; and the mounts by which
-CRIU gets at where it works.
+"""What of a job is saved beside its processes, and how: files, waiting input; and the mounts by which CRIU gets at where it
+works.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-import tarfile
 from collections.abc import Iterable
-from typing import Any
 
 from imgrun import criu
 from imgrun import syscalls as sc
 from imgrun.errors import CheckpointError, NoSpace
 from imgrun.isolation.sources import id_map
 from imgrun.relay import bytes_waiting
-from imgrun.spec import JobSpec
 
+SECONDS = 10
 LAYERS = ("upper", "tmp", "var-tmp")
-
-
-def memory_mounts(spec: JobSpec) -> list[str]:
-    """The memory file systems that the job could write to; CRIU does not save what mounts hold."""
-    return ["/dev/shm", *(mount.dst for mount in spec.mounts if mount.type == "tmpfs")]
-
-
-def no_name_service() -> None:
-    """Names of users would be looked up by libraries of the job's own root."""
-    module: Any = tarfile
-    module.pwd = module.grp = None
-
-
-def save_memory(places: list[str]) -> None:
-    no_name_service()
-    for number, place in enumerate(places):
-        with tarfile.open(f"{criu.IMAGES}/memory-{number}.tar", "w") as tar:
-            tar.add(place, ".")
 
 
 def waiting_input(fd_path: str) -> bytes:
@@ -75,31 +55,14 @@ def can_rename(source: str, target: str) -> bool:
     return True
 
 
-def check_room_for(image: str, directory: str) -> None:
-    """Raise NoSpace when a copy of the image does not fit, unless the copy can share the blocks of the original."""
-    needed = os.stat(image).st_blocks * 512
-    space = os.statvfs(directory)
-    if needed > space.f_bavail * space.f_frsize and not _shares_blocks(image, directory):
-        raise NoSpace(f"the image takes {needed >> 20} MiB, which {directory} has not", "free some, or save elsewhere")
-
-
-def _shares_blocks(image: str, directory: str) -> bool:
-    probe = f"{directory}/work/reflink"
-    words = ["cp", "--reflink=always", "--sparse=auto", image, probe]
-    shared = subprocess.run(words, capture_output=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
-    if os.path.exists(probe):
-        os.unlink(probe)
-    return shared
-
-
-def await_detached(image: str) -> None:
-    """Wait until no mount writes to the image any more; the kernel takes a moment after the job's end."""
+def await_detached(path: str) -> None:
+    """Wait until no mount writes to the file any more; the kernel takes a moment after the job's end."""
     from imgrun.storage import loop
 
-    fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for binding in loop.bindings(fd):
-            loop.wait_until_unmounted(binding.number, 10)
+            loop.wait_until_unmounted(binding.number, SECONDS)
     finally:
         os.close(fd)
 

@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import os
 import stat
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from imgrun import criu, init_shim
 from imgrun.apart import Beside
-from imgrun.checkpoints import criu_rpc
-from imgrun.checkpoints.captured import copy_tree, copying, directory_mount, no_name_service, toolbox_mount
+from imgrun.checkpoints import criu_rpc, lazily
+from imgrun.checkpoints.captured import copy_tree, copying, directory_mount, toolbox_mount
+from imgrun.checkpoints.criu_process import FETCH_LOG
 from imgrun.checkpoints.manifest import IMAGE, OLDER, SHIM, Checkpoint, changed_memory
 from imgrun.checkpoints.preflight import cannot_continue
 from imgrun.errors import CheckpointError, RestoreError
@@ -43,13 +43,15 @@ def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
 
 
 def _moved(source: str, target: str) -> bool:
-    if os.path.isdir(source):  # a file's name is taken already
-        try:
-            os.rename(source, target)
-            return True
-        except OSError:
-            pass  # it is on another disk
-    return False
+    return os.path.isdir(source) and _renamed(source, target)  # a file's name is taken already
+
+
+def _renamed(source: str, target: str) -> bool:
+    try:
+        os.rename(source, target)
+        return True
+    except OSError:
+        return False  # it is on another disk
 
 
 @contextlib.contextmanager
@@ -71,7 +73,9 @@ def put_image(checkpoint: Checkpoint) -> None:
         raise RestoreError(f"the captured image cannot be put at {target}: {e.strerror}", "give another --image PATH") from e
     try:
         with _as_restore_error():
-            copy_tree(f"{checkpoint.path}/{IMAGE}", target)
+            source = f"{checkpoint.path}/{IMAGE}"
+            if checkpoint.archive is None or not _renamed(source, target):
+                copy_tree(source, target)
     except BaseException:
         os.unlink(target)
         raise
@@ -106,12 +110,15 @@ def restore(
     Raises RestoreError.
     """
     manifest = checkpoint.manifest
-    verifying = Beside(lambda: changed_memory(checkpoint))
+    criu.toolbox()
     descriptors = namespaces.open_all(init)
     opened = [*descriptors.values()]
+    possible = lazily.possible() if checkpoint.lazy else None
+    verifies = possible is not None and possible.verifies
+    verifying = None if verifies else Beside(lambda: changed_memory(checkpoint))
 
     def require_unchanged() -> None:
-        if wrong := verifying.result():
+        if verifying is not None and (wrong := verifying.result()):
             raise RestoreError(cannot_continue(checkpoint, wrong[0]), OLDER)
 
     try:
@@ -125,27 +132,36 @@ def restore(
             if manifest["streams"][str(number)].startswith("pipe:")
         }
         last_pid = int(manifest["last_pid"])
-        userns_of_its_own = bool(manifest["userns"])
-        site = criu.Site(descriptors, toolbox, images, logs, userns_of_its_own, join, clone_into, last_pid, inherit)
+        environment = lazily.write_digests(checkpoint, work) if verifies else {}
+        site = criu.Site(
+            descriptors, toolbox, images, logs, bool(manifest["userns"]), join, clone_into, last_pid, inherit, environment
+        )
         places = [str(place) for place in manifest["memory"]]
-        pid, warning = criu_rpc.restore(
-            site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}", lazy=checkpoint.lazy,
-            restored=require_unchanged,
-        )  # fmt: skip
-        return (Helper(pid, "CRIU, which fetches the job's memory", f"{work}/{criu.FETCH_LOG}") if pid else None), warning
+        try:
+            pid = criu_rpc.restore(
+                site, before=lambda: _restore_memory(places), log=f"{work}/{criu.LOG}", lazily=possible,
+                restored=require_unchanged,
+            )  # fmt: skip
+        except RestoreError as e:
+            if (name := lazily.changed(f"{work}/{criu.LOG}") or lazily.changed(f"{work}/{FETCH_LOG}")) is not None:
+                raise RestoreError(cannot_continue(checkpoint, f"{name} was changed"), OLDER) from e
+            raise
+        if pid is not None:
+            return Helper(pid, "CRIU, which fetches the job's memory", f"{work}/{FETCH_LOG}"), None
+        return None, lazily.NEEDS if checkpoint.lazy else None
     finally:
-        verifying.cancel()
+        if verifying is not None:
+            verifying.cancel()
+        if possible is not None:
+            possible.close()
         for fd in opened:
             os.close(fd)
 
 
-def _restore_memory(places: list[str]) -> None:
-    no_name_service()
-    for number, place in enumerate(places):
-        with tarfile.open(f"{criu.IMAGES}/memory-{number}.tar") as tar:
-            # All of it as it was; what it can do wrong it does inside the job, with the job's rights.
-            tar.extraction_filter = lambda member, _path: member
-            tar.extractall(place, numeric_owner=True)
+def _restore_memory(places: list[str]) -> Callable[[], None]:
+    from imgrun.checkpoints import memory_files  # in that process: we have CRIU's protocol to import meanwhile
+
+    return lambda: memory_files.restore(places)
 
 
 # -- input ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from imgrun.checkpoints import criu_messages as messages
 from imgrun.checkpoints.ahead import Ahead
 from imgrun.checkpoints.criu_log import PASSING, explain
 from imgrun.checkpoints.criu_messages import Response, Value
-from imgrun.criu import FETCH, IMAGES, REAPER, Session, Site, log_level
+from imgrun.checkpoints.criu_process import FETCH_LOG, IMAGES, log_level
+from imgrun.checkpoints.lazily import Granter, Lazily
+from imgrun.criu import REAPER, Session, Site
 from imgrun.errors import CheckpointError, RestoreError
 from imgrun.storage.trees import remove_tree
 
@@ -185,41 +187,41 @@ def statistics(work: str) -> dict[str, Any]:
 
 
 def restore(
-    site: Site, *, before: Callable[[], None], log: str, lazy: bool, restored: Callable[[], None]
-) -> tuple[int, str | None]:
+    site: Site, *, before: Callable[[], Callable[[], None]], log: str, lazily: Lazily | None, restored: Callable[[], None]
+) -> int | None:
     """Bring the tree back to life, as it was. Raises RestoreError; nothing of it runs then.
 
     ``restored`` is called when all is in place and nothing of it runs yet, nor ever does if it raises.
-    With ``lazy`` it runs before its memory is read. Returns the pid of the child that stays until all of it is, or 0; and
-    why it was not lazy, where that was asked for and could not be.
+    With ``lazily`` it runs before its memory is read. Returns the pid of the child that stays until all of it is; None where
+    it was not lazy, also because it cannot be.
     """
-    session = Session(site, before=before, meanwhile=messages.load)
-    why = None
+    granter = None if lazily is None or lazily.device < 0 else Granter(lazily.device)
+    beside = {} if granter is None else {granter.fileno(): granter.answer}
+    given = {} if granter is None else granter.given
+    fetch_log = f"{os.path.dirname(log)}/{FETCH_LOG}"
+    session = None
     try:
+        site = site._replace(fetches=lazily is not None, given=given)
+        session = Session(site, before=before, meanwhile=messages.load)
         asked = options(site, log) | {"inherit_fd": [messages.inherited(key, fd) for key, fd in site.inherit.items()]}
-        if lazy:
-            why = None if can(session, "lazy_pages") else LAZY_NEEDS
-            if why is None:
-                try:
-                    session.in_job(FETCH)
-                except CheckpointError as e:
-                    raise RestoreError(e.message, "restore without --lazy") from e
-                asked["lazy_pages"] = True
+        if session.fetches:
+            asked["lazy_pages"] = True
+        elif granter is not None:
+            raise RestoreError(f"its memory cannot be fetched while it runs: {explain(fetch_log)}", "restore without --lazy")
 
         def on_notify(script: str) -> None:
             if script == "post-restore":
                 restored()
 
-        response = session.run(messages.request(messages.RESTORE, asked), on_notify)
+        response = session.run(messages.request(messages.RESTORE, asked), on_notify, beside=beside)
         if response is None or not response.success:
             cause = "it was killed" if response is None else explain(log, response.message)
+            if response is None and session.fetches:
+                cause = explain(fetch_log, cause)  # for then it is killed
             raise RestoreError(f"CRIU could not bring the job's processes back: {cause}")
-        return (session.leave() if lazy and why is None else 0), why
+        return session.leave() if session.fetches else None
     finally:
-        session.close()
-
-
-LAZY_NEEDS = (
-    "its memory is read first, not lazily: in a user namespace that needs the setting vm.unprivileged_userfaultfd=1 "
-    "(else root with --userns off), and a kernel with userfaultfd"
-)
+        if session is not None:
+            session.close()
+        if granter is not None:
+            granter.close()

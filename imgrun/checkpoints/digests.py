@@ -3,7 +3,7 @@
 A hash is there to find damage, and is XXH3 of 128 bits, about as fast as memory is read. Against malice no hash would help
 that lies beside what it is of; there, who owns the checkpoint decides (imgrun.checkpoints.manifest).
 
-A file's hash is that of the hashes of its pieces of 8 MiB, so that one large file occupies all processors, and a hole of any
+A file's hash is that of the hashes of its pieces of 2 MiB, so that one large file occupies all processors, and a hole of any
 size costs nothing. Of the list each line is a JSON array, in a fixed order, so that two lists of one tree are the same text:
 
     ["upper/etc/motd", mode, uid, gid, size, hash or null]      a file; null where the path is too long to be opened again
@@ -27,7 +27,8 @@ import xxhash
 from imgrun import syscalls as sc
 from imgrun.errors import CheckpointError
 
-PIECE = 8 << 20
+PIECE = 2 << 20
+"""Bytes. A lazy restore reads and hashes so much before it gives a process the first page that it touches."""
 BATCH = 512
 """Files that are hashed before their lines are given out."""
 DEEPEST = 200

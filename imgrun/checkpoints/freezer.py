@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from imgrun.checkpoints.subject import How, Subject
 
 
-class Site(Protocol):
-    """What the freezer needs of whoever owns the job."""
+class Owner(Protocol):
+    """Whoever has the job: what the freezer needs of it."""
 
     running: bool
 
@@ -39,7 +39,7 @@ class Site(Protocol):
 class Freezer:
     """Makes the checkpoints of one job, each in a process of its own (imgrun.checkpoints.freezing)."""
 
-    def __init__(self, job: JobDir, spec: JobSpec, site: Site, *, stop_when_due: bool) -> None:
+    def __init__(self, job: JobDir, spec: JobSpec, owner: Owner, *, stop_when_due: bool) -> None:
         """``stop_when_due``: the checkpoints of ``checkpoint_every`` end the job, for a scheduler that starts it again."""
         self.under_way: Freezing | None = None
         self.frozen_to: str | None = None
@@ -47,7 +47,7 @@ class Freezer:
         self._job = job
         self._every = spec.checkpoint_every
         self._target = spec.checkpoint_dir
-        self._site = site
+        self._owner = owner
         self._stop_when_due = stop_when_due
         self._next_at: float | None = None
         self._end_next = False
@@ -59,14 +59,14 @@ class Freezer:
         try:
             if self.under_way is not None:
                 raise CheckpointError(f"job {self._job.id} is being checkpointed already", "wait for that to end")
-            subject = self._site.subject()
+            subject = self._owner.subject()
         except ImgrunError as e:
             if asker is not None:
                 asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
             else:
-                self._site.tell(f"no checkpoint: {e.message}")
+                self._owner.tell(f"no checkpoint: {e.message}")
             return
-        self._site.make_room()
+        self._owner.make_room()
         self.under_way = Freezing(subject, target, how, asker)
         # For whoever cleans up, if this process is killed.
         self._job.write("state.json", self._job.read("state.json") | {"building": self.under_way.building})
@@ -77,15 +77,15 @@ class Freezer:
         assert freezing is not None
         error = freezing.finish()
         for warning in freezing.warnings:
-            self._site.note(warning)
+            self._owner.note(warning)
         if error is not None:
-            say: Callable[[str], None] = self._site.note if freezing.asker else self._site.tell
+            say: Callable[[str], None] = self._owner.note if freezing.asker else self._owner.tell
             say(f"checkpoint failed: {error.message}")
         elif not freezing.leave_running:
             self.frozen_to = freezing.target
             return
-        self._site.take_room_back()
-        if self._end_next and self._site.running:
+        self._owner.take_room_back()
+        if self._end_next and self._owner.running:
             self.freeze_and_end()
 
     def freeze_and_end(self) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 from imgrun import checkpoint, errors
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
+from imgrun.checkpoints.manifest import load
 from imgrun.checkpoints.subject import How, Subject, building_archive, building_place
 from imgrun.errors import CheckpointError, ImgrunError
+from imgrun.state import now
 from imgrun.storage.trees import remove_tree
 
 
@@ -25,6 +27,8 @@ class Freezing:
         if (unfinished := building_archive(subject, target, how)) is not None:
             self.building.append(unfinished)
         self.asker = asker
+        self._began = now()
+        self._job = subject.id
         self.warnings: list[str] = []
         self._channel, theirs = Channel.pair()
         self._pid = os.fork()
@@ -42,12 +46,7 @@ class Freezing:
         received = self._channel.receive()
         self._channel.close()
         os.waitpid(self._pid, 0)
-        if received is None:
-            for path in self.building:
-                remove_tree(path)
-        answer: dict[str, Any] = received[0] if received else {
-            "error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"
-        }  # fmt: skip
+        answer: dict[str, Any] = received[0] if received else self._killed()
         if self.asker is not None:
             try:
                 self.asker.send(answer)
@@ -58,6 +57,19 @@ class Freezing:
             return None
         error: ImgrunError = getattr(errors, answer["error"], CheckpointError)(answer["message"], answer["hint"])
         return error
+
+    def _killed(self) -> dict[str, Any]:
+        """What to say when the process was killed: the checkpoint may be there all the same, and the job in it alone."""
+        for path in self.building:
+            remove_tree(path)
+        try:
+            manifest = load(self.target).manifest
+        except ImgrunError:
+            manifest = {}
+        if not self.leave_running and manifest.get("job") == self._job and manifest["created_at"] >= self._began:
+            warning = "what the job wrote to disk is not hashed: the process that did it was killed"
+            return {"ok": True, "timings": [], "warnings": [warning], "statistics": manifest["statistics"]}
+        return {"error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"}
 
 
 def _work(subject: Subject, target: str, how: How, channel: Channel) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 from typing import Any
 
+HOW_TO_GET_CRIU = "install the wheels of imgrun-criu and pycriu, which tools/build-wheels of imgrun's source makes"
 SAMPLES = 64
 SAMPLE = 64 << 10
 NOT_FOR_PROGRAMS = frozenset((
@@ -43,6 +44,22 @@ def image(path: str) -> dict[str, Any]:
     return record
 
 
+def open_image(path: str, partition: str | None) -> dict[str, Any]:
+    """The identity of an image which a job writes to, and will until it has ended. Raises OSError, ImageError.
+
+    ``stored`` is what it takes on the disk. Instead of how it will be left, ``mount`` says which mount for writing was its
+    last: that is still so unless somebody has written to it since. It is known of ext2, ext3 and ext4 only.
+    """
+    from imgrun.image import probe
+    from imgrun.storage import superblock
+
+    info = probe(path, partition)
+    record = image(path) | {"stored": os.stat(path).st_blocks * 512}
+    if (mounts := superblock.mounts(path, info.offset, info.fstype)) is not None:
+        record["mount"] = {"offset": info.offset, "fstype": info.fstype, "mounts": mounts}
+    return record
+
+
 def fingerprint(path: str) -> str:
     """The SHA-256 of a file's size and of samples of it."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -67,6 +84,11 @@ def same_image(was: dict[str, Any], path: str) -> str | None:
         return None
     if status.st_size != was.get("size"):
         return f"it had {was.get('size')} bytes and has {status.st_size}"
+    if (mount := was.get("mount")) is not None:
+        from imgrun.storage import superblock
+
+        same = superblock.mounts(path, mount["offset"], mount["fstype"]) == mount["mounts"]
+        return None if same else "it was written to since"
     if status.st_mtime_ns != was.get("mtime_ns") and fingerprint(path) != was.get("fingerprint"):
         return "its content was changed"
     return None

@@ -28,15 +28,26 @@ from imgrun.spec import JobSpec
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 16 << 20
+LARGEST_MANIFEST = 64 << 20
+"""Bytes, of which a job with a terabyte of memory takes 20 million for hashes."""
+SHAPE = {
+    "spec": dict, "host": dict, "image": dict, "ids": dict, "files": dict, "streams": dict, "usage": dict, "statistics": dict,
+    "layers": list, "memory": list, "last_pid": int, "userns": bool, "hostname": str, "job": str, "created_at": str,
+}  # fmt: skip
+"""What has to be in a manifest, and of which kind."""
 LIST = "files.list"
 SHIM = "shim"
 IMAGE = "image.img"
+IMAGE_RECORD = "image.json"
+"""Of an archive only."""
 SINGLE = ("stdin", SHIM, LIST, IMAGE)
+LATER = (LIST, IMAGE)
+"""What a checkpoint may get when it is complete. Without a word in the manifest it was not finished, and is nothing."""
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 PARTS = ("processes", "files")
 OLDER = "restore an older checkpoint, or start the job anew"
+MAKER = "restore as the user who made the checkpoint"
 
 
 class Checkpoint(NamedTuple):
@@ -84,7 +95,7 @@ def load(path: str) -> Checkpoint:
     try:
         directory = os.open(path, DIRECTORY)
     except PermissionError:
-        raise RestoreError(f"{path} may not be opened", "restore as the user who made the checkpoint") from None
+        raise RestoreError(f"{path} may not be opened", MAKER) from None
     except OSError as e:
         raise RestoreError(f"there is no checkpoint at {path}: {e.strerror}", "give the directory it was made in") from None
     try:
@@ -93,21 +104,28 @@ def load(path: str) -> Checkpoint:
     except FileNotFoundError:
         hint = "give the directory that 'imgrun checkpoint' made"
         raise RestoreError(f"{path} holds no complete checkpoint", hint) from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise RestoreError(f"the manifest of the checkpoint {path} cannot be read: {e}", OLDER) from e
+    except PermissionError:
+        raise RestoreError(f"the manifest of the checkpoint {path} may not be read", MAKER) from None
+    except OSError as e:
+        raise RestoreError(f"the manifest of the checkpoint {path} cannot be read: {e.strerror}", OLDER) from e
+    except (ValueError, RecursionError) as e:
+        raise RestoreError(f"the manifest of the checkpoint {path} cannot be read: it is no JSON text", OLDER) from e
     finally:
         os.close(directory)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         newer = isinstance(found, int) and found > FORMAT
         hint = "continue it with a newer imgrun" if newer else "continue it with the imgrun that made it"
-        raise RestoreError(f"the checkpoint {path} has format {found!r}; this imgrun reads {FORMAT}", hint)
+        what = "no format" if found is None else f"format {found!r}"
+        raise RestoreError(f"the checkpoint {path} has {what}; this imgrun reads {FORMAT}", hint)
     if manifest.get("checksum") != checksum(manifest):
         raise RestoreError(f"the manifest of the checkpoint {path} was changed after it was written", OLDER)
+    if missing := [key for key, kind in SHAPE.items() if not isinstance(manifest.get(key), kind)]:
+        raise RestoreError(f"the manifest of the checkpoint {path} lacks what it should have: {missing[0]}", OLDER)
     try:
         spec = JobSpec.from_dict(manifest["spec"])
-    except (KeyError, TypeError) as e:
-        raise RestoreError(f"the manifest of the checkpoint {path} lacks what it should have: {e}", OLDER) from e
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise RestoreError(f"the manifest of the checkpoint {path} has no job that could be run: {e}", OLDER) from e
     return Checkpoint(path, manifest, spec)
 
 
@@ -116,7 +134,7 @@ def _read(directory: int, name: str) -> bytes:
     with open(fd, "rb") as f:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_MANIFEST:
-            raise ValueError(f"{name} is not a file of a reasonable size")
+            raise RestoreError(f"{name} of a checkpoint is not a file of a reasonable size", OLDER)
         return f.read()
 
 
@@ -203,6 +221,13 @@ def _description(name: str, digest: Digest) -> dict[str, Any]:
     return {"size": digest.size, "xxh128": digest.xxh128}
 
 
+def said(error: Exception) -> str:
+    """What went wrong with which file, in words for people."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    return str(error)
+
+
 def size_of(files: dict[str, Any]) -> int:
     """The bytes of all that is described so."""
     return sum(int(file.get("size", 0)) for file in files.values())
@@ -216,7 +241,7 @@ def changed_memory(checkpoint: Checkpoint) -> list[str]:
     try:
         found = digests(directory, names, leave=0 if checkpoint.lazy else 1)
     except (OSError, ValueError) as e:
-        return [str(e)]
+        return [said(e)]
     finally:
         os.close(directory)
     return [f"{name} was changed" for name in names if _description(name, found[name]) != expected[name]]
@@ -242,7 +267,7 @@ def changed_files(checkpoint: Checkpoint, *, memory: bool = True) -> list[str]:
             return wrong
         there = list_files(directory)
         wrong += [f"{name} is missing" for name in expected if name not in there]
-        wrong += [f"{name} does not belong there" for name in there if name not in expected]
+        wrong += [f"{name} does not belong there" for name in there if name not in expected and name not in LATER]
         same = []
         for name in set(there) & set(expected):
             size = os.stat(name, dir_fd=directory, follow_symlinks=False).st_size
@@ -257,7 +282,7 @@ def changed_files(checkpoint: Checkpoint, *, memory: bool = True) -> list[str]:
         if not wrong and LIST in expected:
             wrong += _changed_by_list(checkpoint)
     except (OSError, ValueError) as e:
-        wrong.append(str(e))
+        wrong.append(said(e))
     finally:
         os.close(directory)
     return sorted(wrong)

@@ -6,7 +6,7 @@ import os
 from typing import Literal, NamedTuple
 
 from imgrun.checkpoints import identity
-from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, size_of
+from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, said, size_of
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.init_shim import PROTOCOL
 from imgrun.spec import JobSpec, parse_bind
@@ -101,7 +101,7 @@ def require(checkpoint: Checkpoint, allow: tuple[str, ...] = ()) -> list[str]:
 
 
 def cannot_continue(checkpoint: Checkpoint, why: str) -> str:
-    return f"{checkpoint.path} cannot be continued here: {why}"
+    return f"{checkpoint.archive or checkpoint.path} cannot be continued here: {why}"
 
 
 def findings(checkpoint: Checkpoint, *, memory: bool = True) -> list[Finding]:
@@ -121,7 +121,7 @@ def _owner(checkpoint: Checkpoint) -> list[Finding]:
     try:
         who = foreign_owner(checkpoint, os.geteuid())
     except OSError as e:
-        return [Finding("refused", "files", str(e), OLDER)]
+        return [Finding("refused", "files", said(e), OLDER)]
     if who is None:
         return [Finding("ok", "owner", "it is yours alone")]
     hint = "it holds programs that would run as you: look where it comes from, and make it yours"
@@ -150,10 +150,10 @@ def _host(checkpoint: Checkpoint) -> list[Finding]:
     else:
         found.append(Finding("ok", "kernel", f"{here['kernel']}, and was {was['kernel']}"))
     if here["criu"] is None:
-        found.append(Finding("refused", "criu-missing", "CRIU is not installed", "pip install imgrun-criu"))
+        found.append(Finding("refused", "criu-missing", "CRIU is not installed", identity.HOW_TO_GET_CRIU))
     elif version(here["criu"]) < version(was["criu"]):
         text = f"this CRIU is {here['criu']}, older than the {was['criu']} that made it"
-        found.append(Finding("refused", "criu", text, "pip install --upgrade imgrun-criu"))
+        found.append(Finding("refused", "criu", text, identity.HOW_TO_GET_CRIU))
     else:
         found.append(Finding("ok", "criu", f"{here['criu']}, and was {was['criu']}"))
     found.append(_ids(checkpoint))

@@ -1,4 +1,4 @@
-"""Which job is to be saved, what is asked for, where it goes until it is complete, and what is refused beforehand."""
+"""Which job is to be saved, what is asked for, and where it goes until it is complete."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from imgrun.errors import CheckpointError
 from imgrun.spec import JobSpec
 
 COMPRESSED = (".zst", ".tzst")
@@ -72,44 +71,3 @@ def building_archive(subject: Subject, target: str, how: How) -> str | None:
 def kept_log(subject: Subject, target: str) -> str:
     """Where CRIU's log is to be found after a failure."""
     return f"{os.path.dirname(subject.scratch)}/dump.log" if target == "-" else f"{target}.criu.log"
-
-
-def refuse(subject: Subject, target: str, how: How) -> None:
-    if how.archive:
-        if target != "-" and os.path.lexists(target) and not os.path.isfile(target):
-            raise CheckpointError(f"{target} cannot be replaced by an archive", "give the name of a file")
-        if how.compress:
-            from imgrun.checkpoints.archive import zstd
-
-            zstd()
-    else:
-        refuse_unsuitable(target)
-    writable = subject.spec.root == "writable"
-    if writable and how.leave_running:
-        raise CheckpointError(
-            "a job that runs on would change its image, and the checkpoint be worthless",
-            "stop it with the checkpoint, or start it without --writable",
-        )
-    if how.capture_image and not writable:
-        raise CheckpointError("the job cannot change its image", "--capture-image is for jobs started with --writable")
-    if how.capture_image and not os.path.isfile(subject.spec.image):
-        raise CheckpointError("an image that is no file cannot be captured", "leave --capture-image out")
-    if how.capture_image and how.archive:
-        # What it wrote into it is known when it has ended; an archive is complete before that, or the job might be lost.
-        raise CheckpointError("an archive cannot hold the image", "checkpoint to a directory, with --to")
-
-
-def refuse_unsuitable(target: str) -> None:
-    """Raise CheckpointError when ``target`` is there and neither an empty directory nor a checkpoint to be replaced."""
-    from imgrun.checkpoints.manifest import MANIFEST
-
-    try:
-        names = set(os.listdir(target))
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise CheckpointError(f"{target} cannot hold a checkpoint: {e.strerror}", "give a new directory") from e
-    if os.path.islink(target) or os.path.ismount(target):
-        raise CheckpointError(f"{target} cannot be replaced by a checkpoint", "give the name of a new directory in it")
-    if names and MANIFEST not in names:
-        raise CheckpointError(f"{target} holds something that is no checkpoint", "give a new or an empty directory")

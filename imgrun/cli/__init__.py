@@ -11,6 +11,7 @@ import sys
 gc.disable()
 
 try:
+    from collections.abc import Callable
     from importlib import import_module
     from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ try:
     from imgrun.errors import ImgrunError
 except KeyboardInterrupt:
     raise SystemExit(130) from None  # before main() most of the time is spent here
+
+INTERRUPTED = 130
 
 COMMANDS = {
     "start": ("start", "Run a command inside an image."),
@@ -117,11 +120,24 @@ def printable(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status."""
+    guarded(lambda: cli.main(argv, prog_name="imgrun", standalone_mode=False), argv)
+
+
+def guarded(work: Callable[[], Any], argv: list[str] | None = None) -> NoReturn:
+    """Exit with the status that a program's ``work`` returns, or with that of its error, which is reported."""
+    try:
+        status = _run(work, argv)
+    except KeyboardInterrupt:  # while something else was reported
+        status = INTERRUPTED
+    _leave(status)
+
+
+def _run(work: Callable[[], Any], argv: list[str] | None) -> int:
     status: Any = 0
     try:
         _open_missing_stdio()
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        status = cli.main(argv, prog_name="imgrun", standalone_mode=False)
+        status = work()
         sys.stdout.flush()
     except getattr(click.exceptions, "NoArgsIsHelpError", ()) as e:  # click has it from 8.2 on
         say(e.format_message())
@@ -133,20 +149,29 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except click.exceptions.Exit as e:
         status = e.exit_code
     except (click.Abort, KeyboardInterrupt):
-        status = 130
+        status = INTERRUPTED
     except ImgrunError as e:
         _details()
         report(e)
-        status = e.exit_code
+        status = INTERRUPTED if e.exit_code == 125 and _is_from_interrupt(e) else e.exit_code
     except (BrokenPipeError, SystemExit):  # click makes the latter of the former
         os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
         status = 141
     except Exception as e:  # noqa: BLE001 - a traceback is for those who ask for one
         _details()
+        if _is_from_interrupt(e):
+            return INTERRUPTED
         what = e if isinstance(e, OSError) else f"{type(e).__name__}: {e}"
         report(_surroundings(e) or ImgrunError(f"unexpected failure: {what}", "run again with --debug for the details"))
         status = 125
-    _leave(status if isinstance(status, int) else 0)
+    return status if isinstance(status, int) else 0
+
+
+def _is_from_interrupt(error: BaseException | None) -> bool:
+    """Whether it came about because of an interrupt: when what was under way is undone, or Python puts it into another."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _details() -> None:

@@ -32,7 +32,7 @@ def print_timings(steps: list[list[Any]] | list[tuple[str, float]]) -> None:
 
 def make_checkpoint_directory(path: str) -> None:
     """Make it: a scheduler may list it as output. Raises what would keep a checkpoint from being made there later."""
-    from imgrun.checkpoints.subject import refuse_unsuitable
+    from imgrun.checkpoints.refusals import refuse_unsuitable
 
     hint = "give a directory in one of yours: --checkpoint-dir DIR"
     refuse_unsuitable(path)
@@ -69,6 +69,8 @@ def checkpoint(
     """
     if (target is None) == (archive is None):
         raise SpecError("a checkpoint goes to a directory or to an archive", "give --to DIR or --archive FILE")
+    if "" in (target, archive):
+        raise SpecError("the path for the checkpoint is empty", "give --to DIR or --archive FILE")
     if compress and archive is None:
         raise SpecError("--compress is for archives", "give --archive FILE, or leave it out")
     descriptor = None if archive is None else 1 if archive == "-" else own_descriptor(archive)
@@ -121,6 +123,9 @@ def restore(
     from imgrun.checkpoints.unpacking import opened
     from imgrun.cli.start import place_of_result, refuse_foreground_options, run_foreground
 
+    if directory in ("", "-"):
+        what = "the path of the checkpoint is empty" if not directory else "no checkpoint is read from standard input"
+        raise SpecError(what, "give its directory or its archive; save a stream to a file first")
     if detach:
         refuse_foreground_options(flags)
     result_file = place_of_result(flags["result"])

@@ -118,23 +118,38 @@ def _table(record: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _interruptible(out: str) -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the build as orderly as SIGINT does, and say so in one line."""
-    received = [signal.SIGINT]
+    received: list[int] = []
 
     def interrupt(number: int, _frame: object) -> None:
-        received[0] = signal.Signals(number)
+        received.append(number)
         raise KeyboardInterrupt
 
-    handled = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    main = threading.current_thread() is threading.main_thread()
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ()
+    there = _identity(out)
     before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
-    except KeyboardInterrupt:
-        error = ImgrunError(f"the build was interrupted; {out} was not written")
+    except (KeyboardInterrupt, Exception) as e:
+        # Whatever fails after it, as what puts things in order may, it is why the build ended.
+        if not received:
+            raise
+        kept = _identity(out) == there
+        what = f"the build was interrupted; {out} was not written" if kept else f"interrupted when {out} was complete"
+        error = ImgrunError(f"{what}, and {e.message}" if isinstance(e, ImgrunError) else what, getattr(e, "hint", None))
         error.exit_code = 128 + received[0]
         raise error from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _say(words: str) -> None:

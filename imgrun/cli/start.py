@@ -169,7 +169,10 @@ def start(**flags: Any) -> NoReturn:
     found = None
     if spec.checkpoint_dir is not None:
         from imgrun.checkpoints import manifest
+        from imgrun.checkpoints.refusals import unfreezable
 
+        if (spec.checkpoint_signal or spec.checkpoint_every) and (why := unfreezable(spec)):
+            raise SpecError(f"the job could not be saved: {why}", "leave out --checkpoint-signal and --checkpoint-every")
         if manifest.exists(spec.checkpoint_dir):
             from imgrun.checkpoints.preflight import as_asked, require
 

@@ -235,7 +235,7 @@ class Overlay(Operation):
     def __init__(self) -> None:
         # What only older kernels need is imported before the job's mount namespace is entered.
         self._find_xino: Callable[[int], str] | None = None
-        if _kernel() < SHOWS_OVERLAY_INODES:
+        if sc.kernel_version() < SHOWS_OVERLAY_INODES:
             from imgrun.isolation.inodes import xino
 
             self._find_xino = xino
@@ -258,10 +258,6 @@ class Overlay(Operation):
         sc.move_mount(new_filesystem("overlay", options, sc.MOUNT_ATTR_NODEV), "root", ctx.stage)
         ctx.root = os.open("root", os.O_PATH | os.O_CLOEXEC, dir_fd=ctx.stage)
         ctx.root_is_ours = True
-
-
-def _kernel() -> tuple[int, ...]:
-    return tuple(int(word) for word in os.uname().release.split(".")[:2] if word.isdigit())
 
 
 class FromScratch(Operation):

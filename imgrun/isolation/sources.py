@@ -23,12 +23,6 @@ OVERLAY_OF_ID_MAPPED = (5, 19)
 """Since then an overlay takes id-mapped layers (Documentation/filesystems/idmappings.rst)."""
 
 
-def kernel_version() -> tuple[int, int]:
-    """Of the running kernel, as far as features are tied to it."""
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()) or 0)
-
-
 class IdMapUnsupported(HostError):
     """This file system's mounts cannot be id-mapped by this kernel."""
 
@@ -78,7 +72,7 @@ class RootImage(Source):
 
     def open(self, userns_fd: int | None) -> int:
         if userns_fd is not None:
-            if self.use != "writable" and kernel_version() < OVERLAY_OF_ID_MAPPED:
+            if self.use != "writable" and sc.kernel_version() < OVERLAY_OF_ID_MAPPED:
                 raise IdMapUnsupported("an overlay cannot lie on id-mapped layers before Linux 5.19", "use --userns off")
             id_map(self._mount_fd, userns_fd, f"the file system of {self.info.path}")
         return self._mount_fd

@@ -102,7 +102,7 @@ def _slots() -> tuple[Sequence[int], Literal["subuid", "default"]]:
 
 
 class HeldMap:
-    """A map that no other live job has, while ``fd``, on the file ``path``, is locked."""
+    """A map that no other live job has, while ``fd``, of the file ``path``, is open and holds its lock."""
 
     def __init__(self, ids: IdMap, fd: int, path: str) -> None:
         self.ids = ids
@@ -178,18 +178,24 @@ def drop_unheld(directory: str = HELD) -> None:
 def _hold_one(directory: str, starts: Iterable[int]) -> HeldMap | None:
     for start in starts:
         path = f"{directory}/{start}"
+        if (fd := _lock(path)) is not None:
+            ranges = (IdRange(0, start, RANGE),)
+            return HeldMap(IdMap(ranges, ranges), fd, path)
+    return None
+
+
+def _lock(path: str) -> int | None:
+    """A descriptor of the file of this name, locked; None when somebody else has it."""
+    while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            continue
-        if not os.fstat(fd).st_nlink:  # its holder ended between our two steps
-            os.close(fd)
-            continue
-        ranges = (IdRange(0, start, RANGE),)
-        return HeldMap(IdMap(ranges, ranges), fd, path)
-    return None
+            return None
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # its holder ended between our two steps: the range is free
 
 
 def gids_of(pid: int) -> list[range]:

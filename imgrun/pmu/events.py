@@ -19,10 +19,6 @@ class Event(NamedTuple):
     type: int
     config: int
 
-    @property
-    def hardware(self) -> bool:
-        return self.type != SOFTWARE
-
 
 GROUPS: tuple[tuple[Event, ...], ...] = (
     # What a rate is made of is counted together, so that both counts are of the same time.

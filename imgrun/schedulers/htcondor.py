@@ -20,6 +20,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from imgrun.checkpoints.refusals import unfreezable
 from imgrun.errors import ImgrunError, LimitError, SpecError
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.rootless import is_host_root
@@ -27,7 +28,7 @@ from imgrun.result import Result
 from imgrun.schedulers import htcondor_chirp as chirp
 from imgrun.schedulers import htcondor_files as files
 from imgrun.schedulers import job_ad
-from imgrun.schedulers.preemption import CARRIED, unfreezable, warn_if_short
+from imgrun.schedulers.preemption import CARRIED, warn_if_short
 from imgrun.spec import JobSpec, Mount
 from imgrun.storage.trees import remove_tree
 
@@ -200,9 +201,9 @@ class Site:
                     os.rmdir(f"{self.own}/{name}")
 
     def _run(self, asked: JobSpec, foreground: Foreground, flags: dict[str, Any], result_file: str | None) -> int:
-        from imgrun.state import _no_upper_layer
+        from imgrun.state import no_upper_layer
 
-        if not _no_upper_layer(self.sandbox):
+        if not no_upper_layer(self.sandbox):
             os.environ.setdefault("IMGRUN_STATE_DIR", f"{self.own}/state")
         if chirp.available() and not chirp.installed():
             self.warn("the job's ad is not told of its usage: pip install htchirp")

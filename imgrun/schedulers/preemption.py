@@ -1,4 +1,4 @@
-"""What a preemption will mean for a job, as far as it is known at the start: whether it can be frozen, and in the time."""
+"""What a preemption will mean for a job, as far as it is known at the start: whether it can be frozen in time."""
 
 from __future__ import annotations
 
@@ -26,16 +26,3 @@ def warn_if_short(spec: JobSpec, memory: int, grace: float | None, rate: int, ev
         return
     warn(f"{memory >> 20} MiB may not be saved within the {grace:g} s that {event} leaves: "
          "periodic checkpoints (--checkpoint-every) would bound what is lost")  # fmt: skip
-
-
-def unfreezable(spec: JobSpec) -> str | None:
-    """Why such a job cannot be frozen; it then gets its signals itself."""
-    if spec.init != "shim":
-        return f"it cannot be frozen with --init {spec.init}"
-    if spec.tty:
-        return "it cannot be frozen with a terminal"
-    if spec.seccomp != "off":
-        return "it cannot be frozen with --seccomp"
-    from imgrun.checkpoints.identity import criu_version
-
-    return None if criu_version() is not None else "CRIU is not installed (pip install imgrun-criu)"

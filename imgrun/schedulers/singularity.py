@@ -14,7 +14,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple, NoReturn
 
-from imgrun.errors import ImgrunError, SpecError
+from imgrun.errors import SpecError
 from imgrun.spec import JobSpec, Mount, parse_bind
 
 ONE_WORD = frozenset(
@@ -133,15 +133,6 @@ def run(words: list[str]) -> int:
 
 def main() -> NoReturn:
     """Run as the program ``imgrun-singularity``."""
-    from imgrun.cli import _leave, _open_missing_stdio, report
+    from imgrun.cli import guarded
 
-    _open_missing_stdio()
-    try:
-        status = run(sys.argv[1:])
-    except ImgrunError as e:
-        report(e)
-        status = e.exit_code
-    except OSError as e:
-        report(ImgrunError(f"unexpected failure: {e}", "set IMGRUN_DEBUG=1 for the details"))
-        status = 125
-    _leave(status)
+    guarded(lambda: run(sys.argv[1:]))

@@ -18,10 +18,11 @@ import signal
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from imgrun.checkpoints.refusals import unfreezable
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.schedulers import slurm_control as control
-from imgrun.schedulers.preemption import SAVED, unfreezable, warn_if_short
+from imgrun.schedulers.preemption import SAVED, warn_if_short
 from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:

@@ -46,6 +46,22 @@ def read(fd: int, offset: int, fstype: str) -> Superblock | None:
     return parse(data) if len(data) == length else None
 
 
+def mounts(path: str, offset: int, fstype: str | None) -> str | None:
+    """Which file system this is, when it was last mounted for writing, and how often; None where that is not kept.
+
+    Raises OSError.
+    """
+    if DRIVERS.get(fstype or "") != "ext4":
+        return None
+    with open(path, "rb") as f:
+        f.seek(offset + 1024)
+        sb = f.read(1024)
+    if len(sb) < 1024:
+        return ""
+    last, _, count = struct.unpack_from("<IIH", sb, 0x2C)
+    return f"{sb[0x68:0x78].hex()} {sb[0x275]:x}{last:08x} {count}"
+
+
 def _ext(sb: bytes) -> Superblock:
     (blocks,) = struct.unpack_from("<I", sb, 0x04)
     (log_block_size,) = struct.unpack_from("<I", sb, 0x18)

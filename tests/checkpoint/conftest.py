@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 from command import COMMAND, Done, Imgrun, eventually
-from ordinary import AsUser, UserLeaks, Users, World
+from ordinary import AsUser, Users, World, base, empty_state, image, images, leaks, nothing_left, state_dir, users, world
 
-from images import Images
+__all__ = ["base", "image", "images", "leaks", "nothing_left", "state_dir", "users", "world"]
 
 
 class AsRoot(Imgrun):
@@ -86,60 +85,6 @@ class Rig:
         return self.run("restore", *words, target, **options)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="session")
-def users() -> Iterator[Users]:
-    users = Users()
-    yield users
-    users.close()
-
-
-@pytest.fixture(scope="session")
-def base() -> Iterator[Path]:
-    """A directory that the users can reach, as they cannot that of pytest's."""
-    top = Path(tempfile.mkdtemp(prefix="imgrun-checkpoint-"))
-    top.chmod(0o755)
-    path = top / "session"
-    path.mkdir()
-    yield path
-    shutil.rmtree(top)
-
-
-@pytest.fixture(scope="session")
-def world(base: Path, users: Users) -> Iterator[World]:
-    world = World(base / "nodes")
-    yield world
-    world.close()
-
-
-@pytest.fixture(scope="session")
-def leaks(base: Path, users: Users, world: World) -> Iterator[UserLeaks]:
-    leaks = UserLeaks(base, users)
-    yield leaks
-    leaks.check()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(leaks: UserLeaks) -> Iterator[None]:
-    yield
-    leaks.check()
-
-
-@pytest.fixture
-def state_dir() -> None:
-    """Each rig has one of its own."""
-
-
-@pytest.fixture(scope="session")
-def images(base: Path) -> Images:
-    (base / "images").mkdir()
-    return Images(base / "images")
-
-
-@pytest.fixture(scope="session")
-def image(images: Images) -> Path:
-    return images.filesystem("squashfs")
-
-
 @pytest.fixture(params=["root", "user"])
 def rig(
     request: pytest.FixtureRequest, base: Path, users: Users, world: World, image: Path, nothing_left: None
@@ -153,9 +98,4 @@ def rig(
         os.chown(directory, users.ranged.uid, users.ranged.gid)
     yield Rig(run, request.param == "root")
     run.close()
-    if (run.state / "jobs").exists():
-        if jobs := sorted(os.listdir(run.state / "jobs")):
-            assert run("rm", "--force", *jobs).status == 0
-        assert run("gc").status == 0
-        left = sorted(str(path.relative_to(run.state)) for path in run.state.glob("*/*"))
-        assert left == [], "imgrun cannot clean its state directory"
+    empty_state(run, run.state)

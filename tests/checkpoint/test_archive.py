@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import Done, eventually, expect, refused
+from command import Done, eventually, expect, kill, refused
 
+from images import Images
 from imgrun import Job, launcher
 from imgrun.checkpoints import manifest
 
 from .conftest import Rig
+from .test_faults import children
+from .test_hosts import second  # noqa: F401 - a fixture
 
 FILES = """
 echo a > /root/file; ln -s /etc/passwd /root/link; mkfifo /root/fifo; rm /etc/motd; touch -d @86400 /root/file
@@ -32,6 +35,7 @@ test $(du -k /root/sparse | cut -f1) -lt 100 && echo sparse
 """
 AFTER = ["go a b d new", "end", "2147483652", "new", "/etc/passwd", "4640 root", "86400 2", "86400", "sparse"]
 LITTLE = "echo ready; read go; echo $go"
+GONE = "imgrun: whoever reads standard output went away before the archive was complete"
 
 
 def frozen(rig: Rig, name: str, *words: str, script: str = LITTLE, flags: tuple[str, ...] = ()) -> Path:
@@ -108,15 +112,29 @@ def test_a_job_lives_on_when_its_archive_cannot_be_written(rig: Rig) -> None:
         "dd if=/dev/urandom of=/tmp/x bs=1M count=8 2>/dev/null; echo ready; while :; do echo t; sleep 0.05; done"
     )
     rig.reaches(job, "ready")
-    # Whoever reads it goes away.
-    read, write = os.pipe()
-    process = rig.run.popen("checkpoint", "--archive", "-", job, stdout=write)
-    os.close(write)
-    os.read(read, 1000)
-    os.close(read)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 125
-    assert b"could not be written" in errors, errors
+    for words in ((), ("--compress",)):
+        for taken in (0, 1000):  # whoever reads it goes away, at once or later
+            read, write = os.pipe()
+            process = rig.run.popen("checkpoint", *words, "--archive", "-", job, stdout=write)
+            os.close(write)
+            os.read(read, taken)
+            os.close(read)
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 125
+            assert errors.decode().splitlines() == [GONE, "  see why it ended"]
+    with Path("/dev/full").open("w") as f:
+        refused(rig.run("checkpoint", "--archive", "-", job, stdout=f), 125, "no space for the checkpoint on standard output")
+    with Path("/dev/null").open() as f:
+        refused(rig.run("checkpoint", "--archive", "-", job, stdout=f), 125, "standard output is not open for writing")
+    rig.make("file", "")
+    refused(rig.run("checkpoint", "--archive", rig.path("file/c"), job), 125, "file is no directory")
+    refused(rig.run("checkpoint", "--archive", rig.path("x" * 231), job), 125, "the name is too long")
+    refused(rig.run("checkpoint", "--to", rig.path("x" * 231), job), 125, "the name is too long")
+    refused(rig.run("checkpoint", "--archive", "", job), 125, "the path for the checkpoint is empty")
+    if not rig.root:
+        rig.path("roots").mkdir()
+        for words in (("--archive", rig.path("roots/c")), ("--to", rig.path("roots/c"))):
+            refused(rig.run("checkpoint", *words, job), 125, f"you may not write to {rig.path('roots')}")
     refused(rig.run("checkpoint", "--archive", "/proc/c.tar", job), 125, "could not be written to /proc/c.tar")
     refused(rig.run("checkpoint", "--archive", rig.make("dir"), job), 125, "cannot be replaced by an archive")
     before = len(rig.output(job))
@@ -254,10 +272,18 @@ def test_bombs_and_damage(rig: Rig) -> None:
         info.type, info.size = tarfile.XHDTYPE, 1 << 40
         f.write(info.tobuf(tarfile.USTAR_FORMAT) if info.size < 8 << 30 else info.tobuf(tarfile.GNU_FORMAT))
     refused(rig.restore(archive), 125)
-    for length in (0, 100, 5000, len(good) // 2, len(good) - 2000):
-        archive.write_bytes(good[:length])
-        done = rig.restore(archive)
-        assert done.status == 125, (length, done)
+    compressed = subprocess.run(["zstd", "-q", "-c"], input=good, capture_output=True, check=True).stdout
+    for content in (good, compressed):
+        for length in (1, 100, 5000, len(content) // 2):
+            archive.write_bytes(content[:length])
+            refused(rig.restore(archive), 125, "it ends early")
+    archive.write_bytes(b"")
+    refused(rig.restore(archive), 125, "it is empty")
+    half = len(compressed) // 2
+    archive.write_bytes(compressed[:half] + bytes(64) + compressed[half + 64 :])
+    refused(rig.restore(archive), 125, "it cannot be decompressed")
+    archive.write_bytes(good[: len(good) - 2000])
+    refused(rig.restore(archive), 125)
     place = good.index(b"\0" * 4096) + 100  # some page of memory, or a header's end
     archive.write_bytes(good[:place] + b"x" + good[place + 1 :])
     refused(rig.restore(archive), 125)
@@ -272,9 +298,208 @@ def test_whose_it_is(rig: Rig) -> None:
     refused(rig.restore(archive, stdin="go\n"), 125, "belongs to uid 12345")
     assert rig.restore(archive, "--allow", "owner", stdin="go\n").stdout == "go\n"
     refused(rig.restore(rig.path("missing.tar")), 125, "no checkpoint at")
+    refused(rig.restore(Path("-")), 125, "no checkpoint is read from standard input")
+    if not rig.root:
+        archive.chmod(0o600)
+        refused(rig.restore(archive), 125, "cannot be read: Permission denied")
     fifo = rig.path("fifo")
     os.mkfifo(fifo)
     refused(rig.restore(fifo), 125, "is no file")
     shutil.copy("/bin/true", fifo.with_name("binary"))
     rig.give(fifo.with_name("binary"))
     refused(rig.restore(fifo.with_name("binary")), 125, "is none of imgrun's")
+
+
+# -- images that the job writes into -----------------------------------------------------------------------------------
+
+GROW = "echo 1 > /new; exec 5> /tmp/gone; rm /tmp/gone; echo ready; read go; echo $go >> /new; cat /new"
+
+
+def writing(rig: Rig, images: Images, kind: str = "ext4", script: str = GROW, size: int = 0) -> subprocess.Popen[bytes]:
+    """A job with this script that writes into an image of its own, named w."""
+    image = images.copy(images.filesystem(kind), rig.path("own.img"))
+    if size:
+        os.truncate(image, size)
+        subprocess.run(["resize2fs", image], check=True, capture_output=True)
+    rig.give(image)
+    rig.run.image = str(image)
+    process = rig.run.foreground(script, "--writable", "--name", "w")
+    expect(process, "ready")
+    return process
+
+
+def check(image: Path) -> None:
+    subprocess.run(["e2fsck", "-fn", image], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_with_its_image(rig: Rig, images: Images, kind: str) -> None:
+    process = writing(rig, images, kind)
+    archive = rig.path("c.tar.zst")
+    assert rig.run("checkpoint", "--capture-image", "--archive", archive, "w") == Done(0, "", "")
+    assert process.wait(60) == 85
+    original = Path(rig.image)
+    original.rename(rig.path("away.img"))
+    refused(rig.restore(archive), 125, "is not there")
+    for number in (1, 2):
+        place = rig.path(f"put{number}.img")
+        done = rig.restore(archive, "--image", place, stdin="2\n")
+        assert (done.status, done.stdout) == (0, "1\n2\n"), done
+        nothing_unpacked(rig)
+    if kind == "ext4":
+        check(place)
+        check(rig.path("away.img"))
+
+
+KEPT = "dd if=/dev/urandom of=/kept bs=1M count=3 2>/dev/null; sha256sum /kept > /sum;"
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_with_its_image_on_another_host(rig: Rig, second: Rig, images: Images) -> None:  # noqa: F811
+    process = writing(rig, images, script=f"{KEPT} {GROW}; sha256sum -c /sum")
+    archive = rig.path("c.tar")
+    assert rig.run("checkpoint", "--capture-image", "--archive", archive, "w").status == 0
+    assert process.wait(60) == 85
+    shutil.copy(archive, second.path("arrived"))
+    place = second.path("its.img")
+    done = second.restore(second.path("arrived"), "--image", place, stdin="2\n")
+    assert (done.status, done.stdout) == (0, "1\n2\n/kept: OK\n"), done
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_holes_of_an_image_cost_nothing(rig: Rig, images: Images) -> None:
+    process = writing(rig, images, size=2 << 30)
+    archive = rig.path("c.tar")
+    with archive.open("wb") as f:
+        done = rig.run("checkpoint", "--capture-image", "--archive", "-", "w", stdout=f)
+    assert done.status == 0, done
+    rig.give(archive)
+    assert process.wait(60) == 85
+    assert archive.stat().st_size < 128 << 20
+    place = rig.path("put.img")
+    assert rig.restore(archive, "--image", place, stdin="2\n").stdout == "1\n2\n"
+    assert place.stat().st_size == 2 << 30
+    assert place.stat().st_blocks * 512 < 128 << 20
+    check(place)
+
+
+WRITES = (
+    "dd if=/dev/urandom of=/big bs=1M count=40 2>/dev/null; echo ready; while :; do echo t >> /new; echo t; sleep 0.05; done"
+)
+
+
+def writes_on(process: subprocess.Popen[bytes]) -> None:
+    """See that the job goes on writing: it has been let go on, and so has its file system."""
+    assert process.stdout is not None
+    for _ in range(process.stdout.read(100000).count(b"t") + 3):
+        assert process.stdout.readline() == b"t\n"
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_a_full_disk_while_the_image_is_archived(rig: Rig, images: Images) -> None:
+    place = rig.make("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", place], check=True)
+    try:
+        process = writing(rig, images, script=WRITES, size=256 << 20)
+        refused(rig.run("checkpoint", "--capture-image", "--archive", place / "c.tar", "w"), 125, "no space")
+        writes_on(process)
+        assert list(place.iterdir()) == []
+        assert rig.run("rm", "--force", "w").status == 0
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("whom", ["reader", "freezer", "supervisor"])
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_nothing_stands_still_for_ever(rig: Rig, images: Images, whom: str) -> None:
+    """Whoever is killed while the image is read: the job goes on, or its image is free again."""
+    process = writing(rig, images, script=WRITES, size=256 << 20)
+    supervisor = json.loads(rig.run("inspect", "w").stdout)["supervisor"]
+    saving = rig.run.popen("checkpoint", "--capture-image", "--archive", "-", "w")
+    assert saving.stdout is not None
+    seen = b""
+    while b"=image.img\n" not in seen:
+        seen = seen[-100:] + saving.stdout.read(65536)
+    if whom == "reader":
+        saving.stdout.close()
+    else:
+        assert kill(supervisor if whom == "supervisor" else children(supervisor, "freezing")[0])
+    assert saving.wait(60) == 125
+    if whom != "supervisor":
+        writes_on(process)
+        assert rig.run("rm", "--force", "w").status == 0
+    again = ("start", "--writable", rig.image, "--", "sh", "-c", "touch /more; echo written")
+    eventually(lambda: rig.run(*again).stdout == "written\n", "the image can be used")
+    check(Path(rig.image))
+
+
+LATER = pytest.mark.parametrize(("rig", "kind"), [("root", "ext2"), ("user", "ext4")], indirect=["rig"])
+
+
+@LATER
+@pytest.mark.parametrize("name", ["c.tar", "c.tar.zst"])
+def test_an_image_that_is_complete_only_later(rig: Rig, images: Images, kind: str, name: str) -> None:
+    process = writing(rig, images, kind)
+    done = rig.run("checkpoint", "--capture-image", "--archive", "-", "w", stdout=subprocess.DEVNULL)
+    refused(done, 125, "complete only when the job has ended")
+    archive = rig.path(name)
+    assert rig.run("checkpoint", "--capture-image", "--archive", archive, "w") == Done(0, "", "")
+    assert process.wait(60) == 85
+    # In place, where it is as the job left it; or where it is put.
+    assert rig.restore(archive, stdin="2\n") == Done(0, "1\n2\n", "")
+    refused(rig.restore(archive, stdin="3\n"), 125, "it was written to since")
+    for number in (1, 2):
+        place = rig.path(f"put{number}.img")
+        done = rig.restore(archive, "--image", place, stdin="2\n")
+        assert (done.status, done.stdout) == (0, "1\n2\n"), done
+        check(place)
+        nothing_unpacked(rig)
+
+
+@LATER
+def test_an_image_of_which_not_all_was_added(rig: Rig, images: Images, kind: str) -> None:
+    """What there was before the job ended is a checkpoint all the same, of which the image must be as the job left it."""
+    process = writing(rig, images, kind)
+    archive = rig.path("c.tar")
+    assert rig.run("checkpoint", "--capture-image", "--archive", archive, "w").status == 0
+    assert process.wait(60) == 85
+    good = archive.read_bytes()
+    begin = good.index(b"=image.img\n")
+    assert b"image.json" in good
+    for length in (begin, begin + 5000, begin + (len(good) - begin) // 2):
+        archive.write_bytes(good[:length])
+        refused(rig.restore(archive, "--image", rig.path("put.img")), 125, "is not there")
+        assert rig.run("check", archive).status == 0
+    changed = bytearray(good)
+    changed[begin + (len(good) - begin) // 2] ^= 1
+    archive.write_bytes(changed)
+    refused(rig.restore(archive, "--image", rig.path("put.img")), 125, "image.img was changed")
+    archive.write_bytes(good[:begin])
+    assert rig.restore(archive, stdin="2\n").stdout == "1\n2\n"
+
+
+@pytest.mark.parametrize(("rig", "kind"), [("root", "ext2")], indirect=["rig"])
+def test_a_full_disk_before_the_image_is_added(rig: Rig, images: Images, kind: str) -> None:
+    place = rig.make("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "tmpfs", place], check=True)
+    try:
+        process = writing(rig, images, kind, script=WRITES.replace("count=40", "count=12"))
+        refused(rig.run("checkpoint", "--capture-image", "--archive", place / "c.tar", "w"), 125, "no space")
+        writes_on(process)
+        assert list(place.iterdir()) == []
+        assert rig.run("rm", "--force", "w").status == 0
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_without_its_image(rig: Rig, images: Images) -> None:
+    """It is continued with the image as the job left it, but not when somebody has written to that since."""
+    process = writing(rig, images)
+    archive = rig.path("c.tar")
+    assert rig.run("checkpoint", "--archive", archive, "w") == Done(0, "", "")
+    assert process.wait(60) == 85
+    assert rig.run("start", rig.image, "--", "true").status == 0, "reading it does no harm"
+    done = rig.restore(archive, stdin="2\n")
+    assert (done.status, done.stdout) == (0, "1\n2\n"), done
+    refused(rig.restore(archive, stdin="3\n"), 125, "is not the image that it was: it was written to since")

@@ -114,6 +114,31 @@ def test_killed_half_way(rig: Rig, whom: str) -> None:
     rig.freeze(job, "later")
 
 
+@pytest.mark.parametrize("whom", ["freezer", "supervisor"])
+def test_killed_when_the_job_is_in_the_checkpoint_alone(rig: Rig, whom: str) -> None:
+    """What is still done then takes longest with many files; and the checkpoint is good without it."""
+    job = rig.run.background(f"mkdir /tmp/d; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); : >/tmp/d/$i; done; {TICK}")
+    rig.reaches(job, "5")
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    asking = rig.run.popen("checkpoint", "--to", rig.path("c"), job)
+    eventually(lambda: manifest.exists(str(rig.path("c"))), "the checkpoint has its name")
+    assert kill(supervisor if whom == "supervisor" else children(supervisor, "freezing")[0], signal.SIGKILL)
+    errors = asking.communicate(timeout=60)[1].decode()
+    record = json.loads((rig.path("c") / "manifest.json").read_text())
+    assert "tree" not in record, "it was ready too soon"
+    if whom == "freezer":
+        assert asking.returncode == 0, errors
+        assert "is not hashed: the process that did it was killed" in errors
+        assert json.loads(rig.run("inspect", job).stdout)["result"]["reason"] == "checkpointed"
+    else:
+        eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
+        rig.run("gc")
+    assert rig.run("check", rig.path("c")).status == 0
+    restored = rig.run("restore", "--detach", rig.path("c"))
+    assert restored.status == 0, restored
+    goes_on(rig, restored.stdout.strip())
+
+
 def children(supervisor: int, what: str) -> list[int]:
     """The process that freezes, a child of the supervisor that has imgrun's name; and CRIU, two below."""
     found = []
@@ -186,7 +211,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "processes linked": (lambda c: link(c / "processes", "/etc"), ""),
     "manifest flipped": (lambda c: flip(c / "manifest.json"), ""),
     "manifest empty": (lambda c: (c / "manifest.json").write_text(""), "cannot be read"),
-    "manifest a list": (lambda c: (c / "manifest.json").write_text("[]"), "format None"),
+    "manifest a list": (lambda c: (c / "manifest.json").write_text("[]"), "has no format"),
     "manifest edited": (
         lambda c: (c / "manifest.json").write_text((c / "manifest.json").read_text().replace('"sh"', '"id"')),
         "was changed after it was written",

@@ -229,21 +229,18 @@ def test_as_a_scheduler_drives_it(rig: Rig) -> None:
 
 
 def test_usage_and_the_time_limit_go_on(rig: Rig) -> None:
-    job = rig.run.background("i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo burnt; sleep 1000", "--time-limit", "4s")
+    burn = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"
+    job = rig.run.background(f"sleep 3; {burn}; echo burnt; sleep 1000", "--time-limit", "10s")
     rig.reaches(job, "burnt")
     target = rig.freeze(job)
-    manifest = json.loads((target / "manifest.json").read_text())
-    used = manifest["usage"]["user_seconds"]
-    assert used > 0.1
+    before = json.loads((target / "manifest.json").read_text())["usage"]
+    assert before["user_seconds"] > 0.1
     time.sleep(1)  # this does not count
-    began = time.monotonic()
-    done = rig.restore(target, "--json", "--result", rig.path("result"))
-    took = time.monotonic() - began
-    assert done.status == 124
-    result = json.loads(rig.path("result").read_text())
-    assert 4 <= result["usage"]["wall_seconds"] < 4.8
-    assert took < 4 - manifest["usage"]["wall_seconds"] + 1.5
-    assert used <= result["usage"]["user_seconds"] < used + 1
+    assert rig.restore(target, "--json", "--result", rig.path("result")).status == 124
+    after = json.loads(rig.path("result").read_text())["usage"]
+    assert after["wall_seconds"] >= 10
+    assert after["wall_seconds"] - before["wall_seconds"] < 10, "the limit began anew"
+    assert before["user_seconds"] <= after["user_seconds"] < before["user_seconds"] + 1
 
 
 def test_stopped_processes_zombies_and_orphans(rig: Rig) -> None:

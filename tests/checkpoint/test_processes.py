@@ -1,4 +1,4 @@
-"""Processes with everything that processes have: it is all there again when they are continued (kinds.c)."""
+"""Processes with everything that processes have: it is all there again when they are continued (kinds.c, waits.c)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 from command import expect
 
-from images import tool
+from images import programs, tool
 
 from .conftest import Rig
-
-SOURCE = Path(__file__).parent / "kinds.c"
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +19,14 @@ def kinds(base: Path) -> Path:
     """The directory of the program, for --bind."""
     directory = base / "kinds"
     directory.mkdir()
-    words = [tool("gcc"), "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-result", "-static", "-o", directory / "kinds"]
-    subprocess.run([*words, SOURCE, "-lpthread", "-lrt"], check=True)
+    return compiled(directory, "kinds.c")
+
+
+def compiled(directory: Path, source: str) -> Path:
+    """The directory, with the program in it that is made of a file beside this one."""
+    words = [tool("gcc"), "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unused-result", "-static"]
+    path = Path(__file__).parent / source
+    subprocess.run([*words, "-o", directory / path.stem, path, "-lpthread", "-lrt"], check=True)
     return directory
 
 
@@ -92,3 +96,98 @@ def test_a_large_sparse_file(rig: Rig, kinds: Path, flags: tuple[str, ...]) -> N
 def used(path: Path) -> int:
     """The bytes of the disk that a directory takes."""
     return sum(os.lstat(os.path.join(place, name)).st_blocks * 512 for place, _, names in os.walk(path) for name in names)
+
+
+GO_ON = (
+    "clock_nanosleep_until", "ppoll", "ppoll_timed", "select", "select_timed", "pselect_timed", "futex", "condition",
+    "condition_timed", "mutex", "mutex_timed", "semaphore", "sigwait", "pause", "sigsuspend", "read_pipe", "read_eventfd",
+    "read_signalfd", "read_timerfd", "recv", "accept", "flock", "fcntl_lock", "open_fifo", "waitpid",
+)  # fmt: skip
+"""As docs/checkpoint.md has it; and what ends with EINTR."""
+END = (
+    "nanosleep", "clock_nanosleep", "sleep", "usleep", "poll", "poll_timed", "epoll", "epoll_timed", "futex_timed",
+    "semaphore_timed", "sigtimedwait", "sigwaitinfo", "read_inotify", "recv_timed",
+)  # fmt: skip
+
+
+def waits(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """How each wait of waits.c stands."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"go\n")
+    found = {}
+    while (line := process.stdout.readline().decode().split()) != ["end"]:
+        found[line[0]] = line[1]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rig", "flags"), [("root", ()), ("root", ("--userns", "off")), ("user", ())], indirect=["rig"], ids=str
+)
+def test_what_waits_goes_on_waiting(rig: Rig, flags: tuple[str, ...]) -> None:
+    place = compiled(rig.make("waits"), "waits.c")
+    process = rig.run.foreground("exec /waits/waits", "--name", "w", "--bind", f"{place}:/waits:ro", *flags)
+    expect(process, "ready")
+    assert waits(process) == dict.fromkeys((*GO_ON, *END), "waits")
+    fresh = rig.freeze("w", "fresh", "--leave-running")
+    after = waits(process)
+    assert {name: after[name] for name in GO_ON} == dict.fromkeys(GO_ON, "waits")
+    assert {after[name] for name in END} <= {"EINTR", "waits"}
+    assert rig.run("rm", "--force", "w").status == 0
+    process.communicate()
+    process = rig.run.popen("restore", fresh)
+    after = waits(process)
+    assert {name: after[name] for name in GO_ON} == dict.fromkeys(GO_ON, "waits")
+    assert {after[name] for name in END} <= {"EINTR", "waits"}
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+PYTHON = """
+import queue, select, socket, subprocess, sys, threading, time
+def polled(kind):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); s.listen(); p = kind(); p.register(s); p.poll(1000 if kind is select.epoll else 1000000)
+def received():
+    a, b = socket.socketpair(); a.settimeout(1000); a.recv(1)
+WAITS = {
+    "sleep": lambda: time.sleep(1000), "event": lambda: threading.Event().wait(1000),
+    "queue": lambda: queue.Queue().get(timeout=1000),
+    "lock": lambda: [lock.acquire(), lock.acquire(timeout=1000)], "select": lambda: select.select([], [], [], 1000),
+    "poll": lambda: polled(select.poll), "epoll": lambda: polled(select.epoll), "socket": received,
+    "child": lambda: subprocess.run(["sleep", "1000"]), "shell": lambda: subprocess.run("sleep 1000; :", shell=True),
+    "read": lambda: subprocess.run(["bash", "-c", "read -t 1000 < <(sleep 1000)"]),
+}
+lock = threading.Lock()
+over = []
+def wait(name):
+    try:
+        WAITS[name]()
+        over.append(name)
+    except BaseException as e:
+        over.append(f"{name} {e!r}")
+for name in WAITS:
+    threading.Thread(target=wait, args=(name,), daemon=True).start()
+time.sleep(1)
+print("ready", over, flush=True)
+for line in sys.stdin:
+    time.sleep(1)
+    print(over, flush=True)
+"""
+
+
+@pytest.mark.timeout(900)  # it may have to make the image
+def test_what_waits_in_python_and_shells(rig: Rig, base: Path) -> None:
+    rig.run.image = str(programs(base))
+    script = rig.make("waits.py", PYTHON)
+    process = rig.run.foreground("exec python3 /waits.py", "--name", "w", "--bind", f"{script}:/waits.py:ro")
+    expect(process, "ready []")
+    fresh = rig.freeze("w", "fresh", "--leave-running")
+    assert process.stdin is not None
+    process.stdin.write(b"go\n")
+    expect(process, "[]")
+    assert rig.run("rm", "--force", "w").status == 0
+    process.communicate()
+    done = rig.restore(fresh, stdin="go\n")
+    assert (done.status, done.stdout) == (0, "[]\n"), done

@@ -1,4 +1,4 @@
-"""Other ways to freeze and continue: lazily, in rounds, with the image, from an older shim; and what is said at once."""
+"""Other ways to freeze and continue: in rounds, with the image, from an older shim; and what is said at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from command import eventually, expect, kill, refused
+from command import eventually, expect, refused
 
 from images import Images
 from imgrun.checkpoints import manifest
@@ -33,43 +33,8 @@ def frozen_with_memory(rig: Rig, *flags: str) -> tuple[str, Path]:
     return first, target
 
 
-@ROOT
-def test_lazily(rig: Rig) -> None:
-    first, target = frozen_with_memory(rig, "--userns", "off")
-    done = rig.restore(target, "--lazy", stdin="go\n")
-    assert (done.status, done.stdout, done.stderr) == (0, first, "")
-    # A checkpoint while it fetches its memory is as good; so is one that is restored lazily again.
-    process = rig.run.popen("restore", "--lazy", target)
-    eventually(lambda: "running" in rig.run("ps").stdout)
-    again = rig.freeze("big", "again")
-    assert process.wait(60) == 85
-    assert rig.restore(again, "--lazy", stdin="go\n").stdout == first
-    assert rig.restore(again, stdin="go\n").stdout == first
-
-
-@ROOT
-def test_a_lazy_job_that_ends_or_loses_its_memory(rig: Rig) -> None:
-    _, target = frozen_with_memory(rig, "--userns", "off")
-    job = rig.restore(target, "--lazy", "--detach").stdout.strip()
-    assert rig.run("rm", "--force", job).status == 0
-    # What fetches memory is a child of the supervisor beside PID 1, with CRIU below it; stopped, it cannot be done already.
-    process = rig.run.popen("restore", "--lazy", target)
-    eventually(lambda: "running" in rig.run("ps").stdout)
-    fetchers = [pid for pid in kids(process.pid) for word in kids(pid) if b"lazy-pages" in words(word)]
-    if fetchers:
-        assert kill(fetchers[0], signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 125, errors
-        assert b"served the job from outside ended" in errors
-    else:
-        process.communicate(b"go\n", timeout=60)  # it was quicker than we are
-        assert process.returncode == 0
-
-
-@pytest.mark.parametrize("flags", [(), ("--lazy",)], ids=["at once", "lazily"])
-def test_nothing_runs_with_a_changed_byte_of_memory(rig: Rig, flags: tuple[str, ...]) -> None:
-    userns = ("--userns", "off") if rig.root and flags else ()  # nobody else can be lazy everywhere
-    first, target = frozen_with_memory(rig, *userns)
+def test_nothing_runs_with_a_changed_byte_of_memory(rig: Rig) -> None:
+    first, target = frozen_with_memory(rig)
     memory = max((target / "processes").glob("pages-*.img"), key=lambda path: path.stat().st_size)
     assert memory.stat().st_size > MEGABYTES << 20, "it is less than what is seen before the processes are restored"
 
@@ -81,33 +46,13 @@ def test_nothing_runs_with_a_changed_byte_of_memory(rig: Rig, flags: tuple[str, 
             f.write(bytes([byte ^ 1]))
 
     flip()
-    done = rig.restore(target, *flags, stdin="go\n")
+    done = rig.restore(target, stdin="go\n")
     refused(done, 125, f"{target} cannot be continued here: processes/{memory.name} was changed")
     assert done.stdout == ""
     assert rig.run("ps").stdout.count("\n") == 1, "something of it runs"
     assert f"processes/{memory.name} was changed" in rig.run("check", target).stdout
     flip()
-    assert rig.restore(target, *flags, stdin="go\n").stdout == first
-
-
-def kids(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def words(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def test_lazily_where_that_cannot_be(rig: Rig) -> None:
-    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
-        pytest.skip("vm.unprivileged_userfaultfd is on")
-    process = rig.run.foreground("echo ready; read go; echo $go", "--name", "x")
-    expect(process, "ready")
-    target = rig.freeze("x")
-    done = rig.restore(target, "--lazy", stdin="go\n")
-    assert (done.status, done.stdout) == (0, "go\n")
-    assert "not lazily" in done.stderr
-    assert len(done.stderr.splitlines()) <= 2, done
+    assert rig.restore(target, stdin="go\n").stdout == first
 
 
 def test_rounds_beforehand(rig: Rig) -> None:
@@ -137,7 +82,6 @@ def test_the_image_too(rig: Rig, images: Images) -> None:
     rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
     process = rig.run.foreground("echo 1 > /new; echo ready; read go; echo $go >> /new; cat /new", "--writable", "--name", "w")
     expect(process, "ready")
-    refused(rig.run("checkpoint", "--capture-image", "--archive", rig.path("a"), "w"), 125, "cannot hold the image")
     target = rig.freeze("w", "c", "--capture-image")
     assert process.wait(60) == 85
     other = rig.path("other.img")

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import become, in_child
+from command import eventually
+from forked import become, in_child, sleeper
 
 from imgrun import syscalls as sc
 from imgrun.errors import HostError, ImgrunError, LimitError, StartError
-from imgrun.isolation.cgroups import cgroup, fs
+from imgrun.isolation.cgroups import cgroup, doctor, fs
 from imgrun.isolation.cgroups import dirs as cgroup_dirs
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
@@ -198,7 +199,7 @@ def test_fifty_cycles_leave_nothing(world: str) -> None:
         for fd in job.join_descriptors():
             os.close(fd)
         assert (job.clone_into >= 0) == (world == "host")
-        job.memory_event_source()
+        job.memory.event_source()
         job.remove()
         job.remove()
     assert ours() == before
@@ -259,20 +260,20 @@ def test_cgroups_that_the_job_made_inside_go_too(jobs: Jobs) -> None:
 
 def test_memory_limit_kills_and_counts(jobs: Jobs) -> None:
     job = jobs.create(Limits(memory=32 * MIB, swap=0))
-    source, events = job.memory_event_source()
+    source, events = job.memory.event_source()
     poll = select.epoll()
     poll.register(source, events)
     assert poll.poll(0) == []
     pid = jobs.run(job, lambda: fill(256 * MIB))
     assert poll.poll(5) != []
-    job.acknowledge_memory_event()
+    job.memory.acknowledge()
     assert jobs.wait(pid)[0] == -signal.SIGKILL
-    assert job.oom_kills() in ONE_KILL
-    assert (job.memory_events().at_limit or 0) > 0
+    assert job.memory.kills() in ONE_KILL
+    assert (job.memory.events().at_limit or 0) > 0
     usage = job.usage()
     assert usage.memory_peak is not None
     assert 24 * MIB <= usage.memory_peak <= 32 * MIB
-    job.acknowledge_memory_event()
+    job.memory.acknowledge()
     assert poll.poll(0) == []
     poll.close()
 
@@ -304,7 +305,7 @@ def test_a_job_within_its_memory_is_left_alone(jobs: Jobs, on_disk: Path) -> Non
                 pass
 
     assert jobs.wait(jobs.run(job, work))[0] == 0
-    assert job.oom_kills() == 0
+    assert job.memory.kills() == 0
     usage = job.usage()
     assert usage.memory_file is not None
     assert usage.memory_anon is not None
@@ -324,7 +325,7 @@ def test_kills_in_nested_cgroups_count(jobs: Jobs) -> None:
         fill(256 * MIB)
 
     assert jobs.wait(jobs.run(job, work))[0] == -signal.SIGKILL
-    assert job.oom_kills() in ONE_KILL
+    assert job.memory.kills() in ONE_KILL
 
 
 def test_a_limit_above_the_job_holds_too(world: str) -> None:
@@ -347,7 +348,7 @@ def test_a_limit_above_the_job_holds_too(world: str) -> None:
             job = jobs.create(Limits(memory=256 * MIB, swap=0))
             under = any(path.startswith(f"{slot}/") for path in job.paths)
             code = jobs.wait(jobs.run(job, lambda: fill(200 * MIB)))[0]
-            status = 0 if under and code == -signal.SIGKILL and job.oom_kills() == 1 else 1
+            status = 0 if under and code == -signal.SIGKILL and job.memory.kills() == 1 else 1
             jobs.close()
         finally:
             os._exit(status)
@@ -471,7 +472,7 @@ def test_disk_rate_limit_slows_and_counts(jobs: Jobs, disk: str, write: bool) ->
     job = jobs.create(Limits(io_max=(IoMax(disk, **rate),)))
     start = time.monotonic()
     assert jobs.wait(jobs.run(job, lambda: direct_io(disk, 4 * MIB, write=write)))[0] == 0
-    assert 1.5 <= time.monotonic() - start < 4
+    assert time.monotonic() - start >= 1.5
     usage = job.usage()
     moved = usage.written_bytes if write else usage.read_bytes
     assert moved is not None
@@ -644,10 +645,7 @@ def test_a_fork_bomb_dies(jobs: Jobs) -> None:
                 pass
 
     jobs.run(job, bomb)
-    deadline = time.monotonic() + 5
-    while len(job.processes()) < 150 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(job.processes()) >= 150
+    eventually(lambda: len(job.processes()) >= 150)
     job.kill(timeout=30)
     assert job.processes() == set()
 
@@ -665,27 +663,11 @@ def test_kill_reaches_nested_cgroups_and_not_the_caller(jobs: Jobs) -> None:
     assert jobs.wait(pid)[0] == -signal.SIGKILL
 
 
-def test_a_process_can_be_moved_in(jobs: Jobs) -> None:
-    job = jobs.create()
-    pid = os.fork()
-    if pid == 0:
-        time.sleep(60)
-        os._exit(0)
-    job.add_process(pid)
-    membership = fs.parse_membership(fs.read(f"/proc/{pid}/cgroup"))
-    assert sum(path.endswith(os.path.basename(job.paths[0])) for path in membership.values()) >= len(job.paths)
-    job.kill()
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-
-
 def test_an_unprivileged_child_enters_through_the_supervisors_descriptors(world: str) -> None:
     jobs = Jobs()
     job = jobs.create()
     pid = jobs.run(job, lambda: time.sleep(60), uid=65534)
-    deadline = time.monotonic() + 5
-    while any(str(pid) not in (fs.text(f"{path}/cgroup.procs") or "").split() for path in job.paths):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    eventually(lambda: all(str(pid) in (fs.text(f"{path}/cgroup.procs") or "").split() for path in job.paths))
     jobs.close()
 
 
@@ -812,7 +794,7 @@ def test_a_limit_below_what_the_job_holds_is_refused_and_kills_nothing(jobs: Job
     with pytest.raises(LimitError, match="--memory"):
         job.set_limits(Limits(memory=16 * MIB, swap=0))
     assert pid in job.processes()
-    assert job.oom_kills() == 0
+    assert job.memory.kills() == 0
     for fd in ready:
         os.close(fd)
 
@@ -835,7 +817,7 @@ def mount(*arguments: str) -> None:
 def test_a_check_changes_nothing(world: str) -> None:
     before = ours()
     cgroup.check_limits(Limits(memory=64 * MIB, swap=0, cpus=0.5, cpu_weight=10, cpuset="0", pids=10))
-    cgroup.doctor()
+    doctor.examine()
     assert ours() == before
 
 
@@ -848,8 +830,8 @@ def test_an_ordinary_user_is_refused_what_cannot_be_kept() -> None:
         assert job.paths == ()
         assert set(job.usage()) == {None}
         job.remove()
-        assert {finding.ok for finding in cgroup.doctor()} == {False}
-        assert all(finding.advice for finding in cgroup.doctor())
+        assert {finding.ok for finding in doctor.examine()} == {False}
+        assert all(finding.advice for finding in doctor.examine())
 
     in_child(work, uid=65534)
 
@@ -972,25 +954,21 @@ def test_processes_in_the_way_are_moved_aside_and_back(slot: str) -> None:
 
     def work() -> None:
         fs.write(f"{slot}/cgroup.procs", "0")
-        neighbour = os.fork()
-        if neighbour == 0:
-            time.sleep(60)
-        first = JobCgroup.create(new_id(), Limits())
-        assert own_v2().endswith(f"/{name}/{fs.PREFIX}host")
-        assert fs.text(f"{slot}/{fs.PREFIX}host/cgroup.procs") == f"{os.getpid()}\n{neighbour}"
-        assert os.path.dirname(first.paths[0]) == slot
-        assert fs.text(f"{first.paths[0]}/cgroup.controllers")
-        second = JobCgroup.create(new_id(), Limits())
-        assert os.path.dirname(second.paths[0]) == slot
-        first.remove()
-        assert own_v2().endswith(f"/{fs.PREFIX}host")
-        assert fs.text(f"{second.paths[0]}/cgroup.controllers")
-        second.remove()
-        assert own_v2().endswith(f"/{name}")
-        assert cgroup_dirs.subtree(slot) == [slot]
-        assert fs.text(f"{slot}/cgroup.subtree_control") == ""
-        os.kill(neighbour, signal.SIGKILL)
-        os.waitpid(neighbour, 0)
+        with sleeper() as neighbour:
+            first = JobCgroup.create(new_id(), Limits())
+            assert own_v2().endswith(f"/{name}/{fs.PREFIX}host")
+            assert fs.text(f"{slot}/{fs.PREFIX}host/cgroup.procs") == f"{os.getpid()}\n{neighbour}"
+            assert os.path.dirname(first.paths[0]) == slot
+            assert fs.text(f"{first.paths[0]}/cgroup.controllers")
+            second = JobCgroup.create(new_id(), Limits())
+            assert os.path.dirname(second.paths[0]) == slot
+            first.remove()
+            assert own_v2().endswith(f"/{fs.PREFIX}host")
+            assert fs.text(f"{second.paths[0]}/cgroup.controllers")
+            second.remove()
+            assert own_v2().endswith(f"/{name}")
+            assert cgroup_dirs.subtree(slot) == [slot]
+            assert fs.text(f"{slot}/cgroup.subtree_control") == ""
 
     in_child(work)
 
@@ -1023,11 +1001,6 @@ def test_many_at_once_in_one_cgroup(slot: str) -> None:
 
 def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None:
     """One of another PID namespace has no number here."""
-    outsider = os.fork()
-    if outsider == 0:
-        time.sleep(60)
-        os._exit(0)
-    fs.write(f"{slot}/cgroup.procs", str(outsider))
 
     def work() -> None:
         fs.write(f"{slot}/cgroup.procs", "0")
@@ -1045,12 +1018,10 @@ def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None
                 os._exit(status)
         assert os.waitpid(pid, 0)[1] == 0
 
-    try:
+    with sleeper() as outsider:
+        fs.write(f"{slot}/cgroup.procs", str(outsider))
         in_child(work)
         assert fs.text(f"/proc/{outsider}/cgroup")
-    finally:
-        os.kill(outsider, signal.SIGKILL)
-        os.waitpid(outsider, 0)
 
 
 def test_a_stranger_who_locks_the_cgroup_is_not_waited_for(slot: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1074,7 +1045,7 @@ def test_a_stranger_who_locks_the_cgroup_is_not_waited_for(slot: str, monkeypatc
 
 
 def test_doctor_names_every_need() -> None:
-    findings = cgroup.doctor()
+    findings = doctor.examine()
     assert len(findings) >= 10
     for finding in findings:
         assert finding.detail

@@ -200,6 +200,20 @@ def test_a_checkpoint_directory_is_looked_at_first(run: Imgrun, state_dir: Path,
     assert (tmp_path / "new/place").stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.parametrize("when", [("--checkpoint-signal", "USR1"), ("--checkpoint-every", "1m")])
+def test_a_job_that_could_not_be_saved_is_not_started(
+    run: Imgrun, state_dir: Path, tmp_path: Path, when: tuple[str, str]
+) -> None:
+    for flags, word in (
+        (("--tty",), "terminal"),
+        (("--seccomp", "default"), "--seccomp"),
+        (("--init", "none"), "--init none"),
+    ):
+        refused(run.start(*when, "--checkpoint-dir", tmp_path / "c", *flags, "--", "true"), 125, word)
+    assert records(state_dir) == []
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_checkpoint_on_a_full_disk_leaves_the_job_running(run: Imgrun, job: str, small_disk: Path) -> None:
     for option in ("--to", "--archive"):
         refused(run("checkpoint", option, small_disk / "x", job), 125, "no space", str(small_disk))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -199,10 +198,8 @@ def test_with_writable_odd_files_of_etc_are_left_alone(hostile: Hostile, userns:
 def test_odd_user_tables(hostile: Hostile, userns: tuple[str, str], kind: str) -> None:
     make_file(hostile, "etc/passwd", kind)
     make_file(hostile, "etc/group", kind)
-    began = time.monotonic()
     assert hostile.sh("stat -L -c %u:%g /proc/self", *userns, "--user", "1000:1000", timeout=20).stdout == "1000:1000\n"
     refused(hostile.sh("true", *userns, "--user", "user", timeout=20), 125, "user")
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("kind", KINDS)

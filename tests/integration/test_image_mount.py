@@ -6,11 +6,12 @@ import os
 import shlex
 import stat
 import subprocess
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command import eventually
+from forked import in_child
+from leaks import loops_of
 
 from images import (
     ESP,
@@ -49,39 +50,7 @@ from imgrun.storage import loop
 if os.geteuid() != 0:
     pytest.skip("mounting needs root", allow_module_level=True)
 
-
-def bound_loops() -> dict[str, str]:
-    found = {}
-    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            found[path.parts[3]] = path.read_text().strip()
-        except OSError:
-            continue
-    return found
-
-
-def loops_of(directory: Path) -> list[str]:
-    return [name for name, backing in bound_loops().items() if backing.startswith(str(directory))]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
-
-
-@pytest.fixture(autouse=True)
-def clean_afterwards(images: Images, tmp_path: Path) -> Iterator[None]:
-    """After each test: the descriptors, mounts and loop devices of before."""
-    descriptors = set(os.listdir("/proc/self/fd"))
-    yield
-    assert set(os.listdir("/proc/self/fd")) == descriptors
-    for directory in (tmp_path, images.directory):
-        assert str(directory) not in Path("/proc/self/mounts").read_text()
-        assert eventually(lambda d=directory: not loops_of(d)), bound_loops()  # type: ignore[misc]
+pytestmark = pytest.mark.usefixtures("clean_afterwards")
 
 
 class Root:
@@ -176,7 +145,7 @@ def test_mounts_can_be_mapped_to_other_ids(images: Images, kind: str) -> None:
         try:
             maps = Path(f"/proc/{sleeper.pid}/uid_map")
             namespace = f"/proc/{sleeper.pid}/ns/user"
-            assert eventually(lambda: os.readlink(namespace) != os.readlink("/proc/self/ns/user"))
+            eventually(lambda: os.readlink(namespace) != os.readlink("/proc/self/ns/user"))
             maps.write_text("0 300000 65536")
             Path(f"/proc/{sleeper.pid}/gid_map").write_text("0 300000 65536")
             userns = os.open(namespace, os.O_RDONLY)
@@ -430,7 +399,7 @@ def test_a_read_only_place_cannot_be_written_to(images: Images, tmp_path: Path) 
             image.open_image(str(tmp_path / "image"), "writable")
 
     images.copy(images.filesystem("ext4"), tmp_path / "image")
-    in_own_mounts(inside)
+    in_child(inside, flags=sc.CLONE_NEWNS)
 
 
 def test_no_loop_devices_at_all(images: Images) -> None:
@@ -441,7 +410,7 @@ def test_no_loop_devices_at_all(images: Images) -> None:
         with pytest.raises(HostError, match="no loop devices"):
             image.open_image(path, "overlay")
 
-    in_own_mounts(inside)
+    in_child(inside, flags=sc.CLONE_NEWNS)
 
 
 def test_a_dev_that_has_no_loop_nodes(images: Images) -> None:
@@ -462,7 +431,7 @@ def test_a_dev_that_has_no_loop_nodes(images: Images) -> None:
         with pytest.raises(NoSpace, match="no free loop device"):
             image.open_image(path, "overlay")
 
-    in_own_mounts(inside)
+    in_child(inside, flags=sc.CLONE_NEWNS)
 
 
 def test_without_privilege_it_is_said(images: Images, tmp_path: Path) -> None:
@@ -487,26 +456,9 @@ def test_without_privilege_it_is_said(images: Images, tmp_path: Path) -> None:
         assert record["os"] is None
 
     try:
-        in_own_mounts(inside)
+        in_child(inside, flags=sc.CLONE_NEWNS)
     finally:
         path.unlink()
-
-
-def in_own_mounts(function: Callable[[], None]) -> None:
-    """Run in a child with a mount namespace of its own; its failure is the test's."""
-    pid = os.fork()
-    if pid == 0:
-        import traceback
-
-        try:
-            sc.unshare(sc.CLONE_NEWNS)
-            sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
-            function()
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent fails
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # -- directories ----------------------------------------------------------------------------------------------------------
@@ -526,7 +478,7 @@ def test_a_directory_without_what_is_mounted_in_it(images: Images, tmp_path: Pat
             assert root.options() == {"ro", "nodev"}
             assert root.read("etc/motd") == "of the image\n"
 
-    in_own_mounts(inside)
+    in_child(inside, flags=sc.CLONE_NEWNS)
 
 
 def test_writing_into_a_directory(tmp_path: Path) -> None:
@@ -643,4 +595,4 @@ def test_a_directory_that_may_not_be_cloned_is_told(tmp_path: Path) -> None:
         with image.open_image(str(tmp_path), "overlay") as held, pytest.raises(HostError, match="cannot be mounted"):
             held.mount()
 
-    in_own_mounts(inside)
+    in_child(inside, flags=sc.CLONE_NEWNS)

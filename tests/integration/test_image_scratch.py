@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import in_child
 
 from images import Images
 from imgrun import image
@@ -25,12 +26,12 @@ MIB = 1 << 20
 SIZES = [None, 64 * MIB]
 
 
+pytestmark = pytest.mark.usefixtures("clean_afterwards")
+
+
 @pytest.fixture(autouse=True)
-def clean_afterwards(tmp_path: Path) -> Iterator[None]:
-    descriptors = set(os.listdir("/proc/self/fd"))
+def no_children() -> Iterator[None]:
     yield
-    assert set(os.listdir("/proc/self/fd")) == descriptors
-    assert not [b for b in Path("/sys/block").glob("loop*/loop/backing_file") if str(tmp_path) in b.read_text()]
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -102,28 +103,20 @@ def test_an_overlay_works_on_it(scratch: Scratch, images: Images) -> None:
     """Lower, upper and work from detached mounts; checked in a mount namespace of its own."""
     with image.open_image(str(images.filesystem("erofs")), "overlay") as held:
         lower, upper = held.mount(), scratch.mount()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                sc.unshare(sc.CLONE_NEWNS)
-                sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
-                for name in ("/tmp", "/mnt"):
-                    subprocess.run(["mount", "-t", "tmpfs", "none", name], check=True)
-                for name in ("lower", "scratch"):
-                    os.mkdir(f"/mnt/{name}")
-                sc.move_mount(lower, "/mnt/lower")
-                sc.move_mount(upper, "/mnt/scratch")
-                options = "lowerdir=/mnt/lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,userxattr,xino=on"
-                subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", "/tmp"], check=True)
-                Path("/tmp/etc/motd").write_text("changed")
-                Path("/tmp/usr/lib/os-release").unlink()
-                os._exit(0)
-            except BaseException:  # noqa: BLE001 - the parent sees the status
-                import traceback
 
-                traceback.print_exc()
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        def inside() -> None:
+            for name in ("/tmp", "/mnt"):
+                subprocess.run(["mount", "-t", "tmpfs", "none", name], check=True)
+            for name in ("lower", "scratch"):
+                os.mkdir(f"/mnt/{name}")
+            sc.move_mount(lower, "/mnt/lower")
+            sc.move_mount(upper, "/mnt/scratch")
+            options = "lowerdir=/mnt/lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,userxattr,xino=on"
+            subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", "/tmp"], check=True)
+            Path("/tmp/etc/motd").write_text("changed")
+            Path("/tmp/usr/lib/os-release").unlink()
+
+        in_child(inside, flags=sc.CLONE_NEWNS)
         os.close(lower)
     assert os.stat("upper/etc/motd", dir_fd=upper).st_size == len("changed")
     os.close(upper)
@@ -208,25 +201,13 @@ def test_mke2fs_is_missing_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def small_host(tmp_path: Path, function: Callable[[Path], None]) -> None:
     """Run in a child that has a host disk of 24 MiB."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            sc.unshare(sc.CLONE_NEWNS)
-            sc.set_propagation("/", sc.MS_REC | sc.MS_PRIVATE)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", tmp_path], check=True)
-            function(tmp_path)
-            os._exit(0)
-        except BaseException:  # noqa: BLE001 - the parent sees the status
-            import traceback
 
-            traceback.print_exc()
-            os._exit(1)
-    timer = threading.Timer(60, os.kill, (pid, 9))
-    timer.start()
-    status = os.waitpid(pid, 0)[1]
-    timer.cancel()
-    timer.join()
-    assert os.waitstatus_to_exitcode(status) == 0
+    def inside() -> None:
+        signal.alarm(60)  # instead of a hang
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", tmp_path], check=True)
+        function(tmp_path)
+
+    in_child(inside, flags=sc.CLONE_NEWNS)
 
 
 def test_a_full_host_is_told_at_once(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def time_from_first_trace(run: Imgrun, state: Path, flags: tuple[str, ...]) -> f
 
 def leaks_but_cgroups_are_gone(leaks: Leaks) -> None:
     """What the kernel cleans up by itself, before any command of ours has run."""
-    eventually(lambda: not [line for line in leaks.left() if "/cgroup" not in line], f"{leaks.left()}", 10)
+    eventually(lambda: not [line for line in leaks.left() if "/cgroup" not in line], f"{leaks.left()}")
 
 
 @pytest.mark.parametrize("script", ["exit 3", "echo x > /tmp/x; mkdir /new"])
@@ -110,7 +110,7 @@ def test_supervisor_killed_while_the_job_runs(run: Imgrun, state_dir: Path, leak
     pids = everyone(init_of(run, job))
     assert len(pids) >= 3
     os.kill(supervisor_of(run, job), signal.SIGKILL)
-    eventually(lambda: not any(is_alive(pid) for pid in pids), "the end of all the job's processes", 10)
+    eventually(lambda: not any(is_alive(pid) for pid in pids), "the end of all the job's processes")
     assert run("ps", "-q").stdout == ""
     assert json.loads(run("inspect", job).stdout)["result"]["reason"] == "lost"
     assert run("wait", job).status == 125
@@ -188,11 +188,9 @@ def test_a_job_that_daemonises_dies_with_its_command(run: Imgrun) -> None:
 def test_a_job_that_forks_forever(run: Imgrun) -> None:
     """Each of its processes forks as fast as it can, and none gives up."""
     bomb = "import os\nwhile True:\n try: os.fork()\n except OSError: pass"
-    began = time.monotonic()
     flags = ("--pids", "40", "--time-limit", "1s", "--stop-timeout", "1s", "--json")
     done = run("start", *flags, "/", "--", "/usr/bin/python3", "-c", bomb)
     assert done.status == 124, done
-    assert time.monotonic() - began < 20
     usage = json.loads(done.stdout)["usage"]
     assert usage["pids_peak"] in (None, 40)
     assert usage["pids_refused"] is None or usage["pids_refused"] > 0

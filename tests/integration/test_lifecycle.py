@@ -70,11 +70,11 @@ def test_detach_returns_when_the_command_runs(run: Imgrun, tmp_path: Path) -> No
 def test_detached_jobs_do_not_hold_the_callers_streams(run: Imgrun) -> None:
     """Neither the pipes of the three standard streams nor any other descriptor."""
     read, write = os.pipe()
-    process = run.popen("start", "-d", run.image, "--", "sleep", "60", pass_fds=[write])
+    process = run.popen("start", "-d", run.image, "--", "sleep", "1000", pass_fds=[write])
     os.close(write)
     stdout, _ = process.communicate(timeout=30)  # reads to the end of both
     os.set_blocking(read, False)
-    assert eventually(lambda: end_of(read), "the end of an inherited pipe", 5)
+    assert eventually(lambda: end_of(read), "the end of an inherited pipe")
     os.close(read)
     assert run("ps", "-q").stdout == stdout.decode()
 
@@ -237,7 +237,7 @@ def test_what_exec_runs_ends_with_who_asked_for_it(run: Imgrun) -> None:
     expect(process, "ready")
     process.kill()
     process.wait()
-    eventually(lambda: "sleep 1000" not in run("exec", "n", "ps").stdout, "the end of what exec ran", 10)
+    eventually(lambda: "sleep 1000" not in run("exec", "n", "ps").stdout, "the end of what exec ran")
 
 
 def test_what_exec_runs_ends_with_the_job(run: Imgrun) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import Done, Imgrun, eventually, refused
+from command import COMMAND, Done, Imgrun, eventually, refused
 from counted import Measured, measured, needs_criu, programs
 
-from imgrun.isolation.cgroups import fs
+from imgrun.isolation.cgroups import dirs, fs
 
 __all__ = ["measured", "programs"]
 
@@ -125,7 +126,8 @@ class Slot:
 
     def __init__(self, path: Path, limit: str, entry: str) -> None:
         self.path = path
-        path.mkdir()
+        dirs.make(str(path))
+        self._held = dirs.hold(str(path))
         (path / limit).write_text(str(96 * MIB))
         self.entry = path / entry
 
@@ -133,28 +135,29 @@ class Slot:
         """What goes before a command to run it there."""
         return ("sh", "-c", f'echo 0 > {self.entry} && exec "$@"', "slot")
 
+    def remove(self) -> None:
+        eventually(lambda: dirs.try_remove(str(self.path)), "the slot is empty")
+        os.close(self._held)
+
 
 @pytest.fixture
 def slot() -> Iterator[Slot]:
     trees = {name: tree for tree in fs.discover() for name in tree.controllers or ("unified",)}
-    path = Path(trees["memory" if "memory" in trees else "unified"].own) / f"imgrun-test-slot-{os.getpid()}"
+    # By this name gc finds it when nobody holds it any more, which is when these tests were killed.
+    path = Path(trees["memory" if "memory" in trees else "unified"].own) / f"{fs.PREFIX}{os.urandom(6).hex()}"
     old = "memory" in trees
     made = Slot(path, "memory.limit_in_bytes", "tasks") if old else Slot(path, "memory.max", "cgroup.procs")
     yield made
-    eventually(lambda: not (made.path / "cgroup.procs").read_text(), "the slot is empty")
-    made.path.rmdir()
+    made.remove()
 
 
 @pytest.mark.parametrize("own", [(), ("--memory", "1G")], ids=["unlimited", "more"])
 def test_the_limit_of_a_slot(measured: Measured, slot: Slot, tmp_path: Path, own: tuple[str, ...]) -> None:
-    from subprocess import run as run_process
-
-    from command import COMMAND
-
     record = tmp_path / "r.json"
     words = [*COMMAND, "start", *own, *measured.flags, "--result", str(record), measured.run.image]
     script = f"(/x/counted hold 200 &); {FOREVER}"
-    done = run_process([*slot.words(), *words, "--", "sh", "-c", script], capture_output=True, text=True, timeout=60)
+    words = [*slot.words(), *words, "--", "sh", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     measured.record = json.loads(record.read_text())
     ended = Done(done.returncode, done.stdout, done.stderr)
     killed(measured, ended, "memory limit of 96 MiB of the cgroup above it", str(slot.path))
@@ -202,12 +205,8 @@ def test_a_full_scratch(measured: Measured) -> None:
 def test_the_job_is_killed_rather_than_its_supervisor(run: Imgrun) -> None:
     for own, wanted in ((0, 500), (450, 550), (950, 1000), (1000, 1000)):
         script = f'echo {own} > /proc/self/oom_score_adj && exec "$@"'
-        words = ("start", run.image, "--", "cat", "/proc/self/oom_score_adj")
-        from subprocess import run as run_process
-
-        from command import COMMAND
-
-        done = run_process(["sh", "-c", script, "x", *COMMAND, *words], capture_output=True, text=True, timeout=60)
+        words = ("sh", "-c", script, "x", *COMMAND, "start", run.image, "--", "cat", "/proc/self/oom_score_adj")
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout.strip(), done.stderr) == (str(wanted), "")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from command import Imgrun, eventually, kill
-from forked import in_child
+from forked import in_child, sleeper
 from leaks import read
 
 from imgrun import syscalls as sc
@@ -193,23 +193,16 @@ def test_with_a_process_or_a_holder_it_stays(parent: Parent) -> None:
     below = [f"{path}/below" for path in busy]
     for path in below:
         os.mkdir(path)
-    sleeper = os.fork()
-    if sleeper == 0:
-        time.sleep(600)
-        os._exit(0)
     holds = [dirs.hold(path) for path in [*held, *within]]
     everything = [*busy, *held, *within, *above, *below]
-    try:
+    with sleeper() as pid:
         assert min(holds) >= 0
         for path in busy:
-            fs.write(f"{path}/cgroup.procs", str(sleeper))
+            fs.write(f"{path}/cgroup.procs", str(pid))
         assert parent.sweep() == []
         assert [path for path in everything if not os.path.isdir(path)] == []
-    finally:
-        for fd in holds:
-            os.close(fd)
-        os.kill(sleeper, signal.SIGKILL)
-        os.waitpid(sleeper, 0)
+    for fd in holds:
+        os.close(fd)
     eventually(lambda: not processes(busy))
     eventually(lambda: parent.sweep() is not None and not any(map(os.path.exists, everything)))
 
@@ -244,23 +237,18 @@ def test_what_was_killed_while_it_was_frozen_dies(parent: Parent, killed: bool) 
         pytest.skip("this host has no v1 freezer")
     frozen = f"{above}/{new_name()}"
     os.mkdir(frozen)
-    sleeper = os.fork()
-    if sleeper == 0:
-        time.sleep(600)
-        os._exit(0)
-    try:
-        fs.write(f"{frozen}/cgroup.procs", str(sleeper))
-        fs.write(f"{frozen}/freezer.state", "FROZEN")
-        eventually(lambda: fs.text(f"{frozen}/freezer.state") == "FROZEN")
-        if killed:
-            os.kill(sleeper, signal.SIGKILL)
-        assert parent.sweep() == ([id_of(frozen)] if killed else [])
-        assert fs.text(f"{frozen}/freezer.state") == (None if killed else "FROZEN")
-    finally:
-        if os.path.isdir(frozen):
-            fs.write(f"{frozen}/freezer.state", "THAWED")
-            os.kill(sleeper, signal.SIGKILL)
-        os.waitpid(sleeper, 0)
+    with sleeper() as pid:
+        try:
+            fs.write(f"{frozen}/cgroup.procs", str(pid))
+            fs.write(f"{frozen}/freezer.state", "FROZEN")
+            eventually(lambda: fs.text(f"{frozen}/freezer.state") == "FROZEN")
+            if killed:
+                os.kill(pid, signal.SIGKILL)
+            assert parent.sweep() == ([id_of(frozen)] if killed else [])
+            assert fs.text(f"{frozen}/freezer.state") == (None if killed else "FROZEN")
+        finally:
+            if os.path.isdir(frozen):
+                fs.write(f"{frozen}/freezer.state", "THAWED")
 
 
 def test_other_names_stay(parent: Parent) -> None:
@@ -301,21 +289,14 @@ def test_who_was_moved_aside_comes_back(parent: Parent) -> None:
     unified = next((path for path in parent.paths if os.path.exists(f"{path}/cgroup.type")), None)
     if unified is None:
         pytest.skip("v2 is not mounted here")
-    sleeper = os.fork()
-    if sleeper == 0:
-        time.sleep(600)
-        os._exit(0)
-    try:
+    with sleeper() as pid:
         for others in ((), (f"{unified}/{new_name()}",)):
             for path in (f"{unified}/{HOST_LEAF}", *others):
                 os.mkdir(path)
-            fs.write(f"{unified}/{HOST_LEAF}/cgroup.procs", str(sleeper))
+            fs.write(f"{unified}/{HOST_LEAF}/cgroup.procs", str(pid))
             parent.sweep()
             assert dirs.subtree(unified) == [unified]
-            assert fs.text(f"{unified}/cgroup.procs") == str(sleeper)
-    finally:
-        os.kill(sleeper, signal.SIGKILL)
-        os.waitpid(sleeper, 0)
+            assert fs.text(f"{unified}/cgroup.procs") == str(pid)
 
 
 # ---- by the next start --------------------------------------------------------------------------------------------

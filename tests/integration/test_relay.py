@@ -119,7 +119,7 @@ def test_who_does_not_read_can_still_interrupt(run: Imgrun) -> None:
     process.terminate()  # ends the job, and a second one those who wait for the reader
     time.sleep(0.5)
     process.terminate()
-    eventually(lambda: process.poll() is not None, "the end of a command whose output nobody reads", 10)
+    eventually(lambda: process.poll() is not None, "the end of a command whose output nobody reads")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,34 +10,9 @@ from pathlib import Path
 
 import pytest
 from command import COMMAND
-from ordinary import AsUser, User, UserLeaks, Users, World
+from ordinary import AsUser, User, Users, World, base, empty_state, image, images, leaks, nothing_left, state_dir, users, world
 
-from images import Images, sha256
-
-
-@pytest.fixture(scope="session")
-def users() -> Iterator[Users]:
-    users = Users()
-    yield users
-    users.close()
-
-
-@pytest.fixture(scope="session")
-def base(users: Users) -> Iterator[Path]:
-    """A directory that the users can reach, as they cannot that of pytest's."""
-    top = Path(tempfile.mkdtemp(prefix="imgrun-rootless-"))
-    top.chmod(0o755)
-    path = top / "session"
-    path.mkdir()
-    yield path
-    shutil.rmtree(top)
-
-
-@pytest.fixture(scope="session")
-def world(base: Path, users: Users) -> Iterator[World]:
-    world = World(base / "nodes")
-    yield world
-    world.close()
+__all__ = ["base", "image", "images", "leaks", "nothing_left", "state_dir", "users", "world"]
 
 
 @pytest.fixture(scope="session")
@@ -52,42 +26,8 @@ def new_world(base: Path) -> Iterator[Callable[[str], World]]:
         return made[script]
 
     yield make
-    for world in made.values():
-        world.close()
-
-
-@pytest.fixture(scope="session")
-def leaks(base: Path, users: Users, world: World) -> Iterator[UserLeaks]:
-    leaks = UserLeaks(base, users)
-    yield leaks
-    leaks.check()
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(leaks: UserLeaks) -> Iterator[None]:
-    """No test leaves a process of the users, a mount, a cgroup or a loop device."""
-    yield
-    leaks.check()
-
-
-@pytest.fixture(scope="session")
-def images(base: Path) -> Images:
-    (base / "images").mkdir()
-    return Images(base / "images")
-
-
-@pytest.fixture(scope="session")
-def image(images: Images) -> Iterator[Path]:
-    """The squashfs that most tests use. No byte of it ever changes."""
-    path = images.filesystem("squashfs")
-    before = sha256(path)
-    yield path
-    assert sha256(path) == before
-
-
-@pytest.fixture
-def state_dir() -> None:
-    """Each user has a state directory of his own: see ``run``."""
+    for other in made.values():
+        other.close()
 
 
 @pytest.fixture
@@ -110,12 +50,7 @@ def new_user_run(
     for run in made:
         run.close()
         run.wrap, run.world = (), world
-        if (run.state / "jobs").exists():
-            for words in (("rm", "--force", *sorted(os.listdir(run.state / "jobs"))), ("gc",)):
-                if words != ("rm", "--force"):
-                    assert run(*words).status == 0, words
-            left = sorted(str(path.relative_to(run.state)) for path in run.state.glob("*/*"))
-            assert left == [], "imgrun cannot clean its state directory"
+        empty_state(run, run.state)
 
 
 @pytest.fixture

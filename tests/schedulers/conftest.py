@@ -8,28 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ordinary import AsUser, Users, World
-from rootless.conftest import leaks, nothing_left, state_dir, users, world
+from ordinary import AsUser, Users, World, base, images, leaks, nothing_left, state_dir, users, world
 
-from images import Images, programs
+from images import programs
 
-__all__ = ["leaks", "nothing_left", "state_dir", "users", "world"]
-
-
-@pytest.fixture(scope="session")
-def base(users: Users) -> Iterator[Path]:
-    """A directory that the users can reach. Its path is short: there are sockets in it."""
-    with tempfile.TemporaryDirectory(prefix="imgrun-sched-") as top:
-        Path(top).chmod(0o755)
-        path = Path(top) / "session"
-        path.mkdir()
-        yield path
-
-
-@pytest.fixture(scope="session")
-def images(base: Path) -> Images:
-    (base / "images").mkdir()
-    return Images(base / "images")
+__all__ = ["base", "images", "leaks", "nothing_left", "state_dir", "users", "world"]
 
 
 @pytest.fixture(scope="session")

@@ -294,7 +294,7 @@ def test_v2_usage(tmp_path: Path) -> None:
         read_operations=3, write_operations=4, pids_current=1, pids_peak=9, pids_refused=6,
         memory_some_stalled=5e-6, memory_full_stalled=4e-6,
     )  # fmt: skip
-    assert job.memory_events() == cgroup.MemoryEvents(kills=3, own_limit=1, at_limit=5)
+    assert job.memory_events() == cgroup.MemoryEvents(kills=3, at_limit=5)
     limited = v2_job(tmp_path, cpu__max="50000 100000\n").usage()
     assert (limited.periods, limited.throttled_periods, limited.throttled_seconds) == (10, 4, 0.25)
 
@@ -561,8 +561,8 @@ def test_a_job_without_any_cgroup_can_be_asked_everything() -> None:
     assert job.paths == job.views == ()
     assert job.clone_into == -1
     assert job.join_descriptors() == []
-    assert job.memory_event_source() == (-1, 0)
-    assert job.oom_kills() is None
+    assert job.memory.event_source() == (-1, 0)
+    assert job.memory.kills() is None
     with pytest.raises(HostError, match="cannot be frozen"):
         job.freeze()
     job.thaw()

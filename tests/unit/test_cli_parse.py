@@ -256,6 +256,38 @@ import imgrun.cli
         assert (done.returncode, done.stderr) == (130, b""), imported
 
 
+INTERRUPTED = """
+import sys
+import imgrun.cli
+from imgrun.errors import HostError
+class Interrupting:  # as a signal does while an enum is made, of which Python makes a RuntimeError
+    def __set_name__(self, owner, name):
+        raise KeyboardInterrupt
+def in_a_class():
+    type("Some", (), {"name": Interrupting()})
+def in_order():
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise HostError("this was left", "remove it")
+def reported(_error):
+    raise KeyboardInterrupt
+def failing():
+    imgrun.cli.report = reported
+    raise HostError("x", "y")
+imgrun.cli.import_module = lambda name: globals()[sys.argv[1]]()
+imgrun.cli.main(["ps"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [("in_a_class", ""), ("in_order", "imgrun: this was left\n  remove it\n"), ("failing", "")]
+)
+def test_what_an_interrupt_makes_fail_is_interrupted(where: str, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, where], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, said)
+
+
 def test_what_is_printed_obeys_no_terminal(run: Imgrun, state_dir: Path) -> None:
     """A job whose image and command have unprintable characters: a line in the list, whatever the locale."""
     from imgrun.state import StateRoot

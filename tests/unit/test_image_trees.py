@@ -145,7 +145,7 @@ def test_trying_again_ends_with_the_last_failure() -> None:
     start = time.monotonic()
     with pytest.raises(BlockingIOError, match="still"):
         attempt(busy, lambda e: isinstance(e, BlockingIOError), 0.2)
-    assert 0.2 <= time.monotonic() - start < 2
+    assert time.monotonic() - start >= 0.2
 
 
 def test_the_first_try_imports_nothing() -> None:

@@ -19,7 +19,7 @@ from imgrun.pmu.counters import Counters
 from imgrun.pmu.events import EVENTS, GROUPS, PARTS, SOFTWARE, joined, rates
 
 READS = 100
-HARDWARE = {event.name for event in EVENTS if event.hardware}
+HARDWARE = {event.name for event in EVENTS if event.type != SOFTWARE}
 Values = dict[str, tuple[int, int, int]]
 """(count, time enabled, time running) by event."""
 

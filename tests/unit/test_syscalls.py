@@ -29,6 +29,15 @@ class Busy:
         return self._real.ig_openat2(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("release", "version"), [("6.1.0-50-amd64", (6, 1)), ("6.12-rc1", (6, 12)), ("6.18.44-fc-v669", (6, 18)), ("7.0+", (7, 0))]
+)
+def test_the_version_of_a_kernel(release: str, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    host = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((*host[:2], release, *host[3:])))
+    assert sc.kernel_version() == version
+
+
 def test_a_path_with_dots_is_found_however_busy_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "file").touch()

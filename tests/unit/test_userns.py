@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def test_the_wanted_one_unless_another_has_it(tmp_path: Path) -> None:
     assert start_of(third) == wanted
     second.close()
     third.close()
+
+
+def test_the_wanted_one_of_a_holder_that_ends_at_this_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a job is frozen and continued at once."""
+    first, lock = hold_range(str(tmp_path)), fcntl.flock
+    wanted = start_of(first)
+
+    def after_its_end(fd: int, how: int) -> None:
+        first.close()
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_end)
+    second = hold_range(str(tmp_path), wanted=wanted)
+    assert start_of(second) == wanted
+    assert os.listdir(tmp_path) == [str(wanted)]
+    second.close()
 
 
 def test_new_jobs_leave_what_a_frozen_one_had(tmp_path: Path) -> None:

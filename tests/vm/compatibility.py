@@ -22,7 +22,8 @@ imgrun was tested on in QEMU, with what outcome. The host of the other tests is 
 TAIL = """
 ## What is not supported
 
-- Linux before 5.14, and hosts where cgroup v1 and v2 are both absent: `imgrun doctor` says what a host lacks.
+- Linux before 5.19 (and before 5.14 nothing starts), and hosts where cgroup v1 and v2 are both absent: `imgrun doctor` says
+  what a host lacks.
 - A checkpoint of one kind of processor (x86_64, aarch64) on the other: refused by `imgrun check`.
 - A checkpoint from a newer kernel is refused on an older one; `--allow kernel` tries it, see the table above.
 - Hardware counters where the machine has none, as in most virtual machines: they are null in the record.

@@ -98,7 +98,7 @@ cp /vm/criu $toolbox/
 cp -L /lib/ld-linux-aarch64.so.1 $toolbox/ld.so
 for library in $(ldd /vm/criu | sed -n 's/.* => \\(\\/[^ ]*\\) .*/\\1/p'); do cp -L $library $toolbox/; done
 """
-CRIU_NEEDS = ("libc6-dev", "libprotobuf-c-dev", "libnl-3-dev", "libnet1-dev", "libcap-dev", "uuid-dev")
+CRIU_NEEDS = ("libc6-dev", "libprotobuf-c-dev", "libnl-3-dev", "libnet1-dev", "libcap-dev", "uuid-dev", "libxxhash-dev")
 
 
 def cross_built_criu(target: Path) -> None:

@@ -14,20 +14,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Set
-from typing import TYPE_CHECKING
 
 from imgrun.errors import HostError, LimitError
 from imgrun.isolation.cgroups import dirs, fs, v1, v2
 from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups.limits import IoMax, Limits
+from imgrun.isolation.cgroups.memory import JobMemory
 from imgrun.isolation.cgroups.place import Place
-from imgrun.isolation.cgroups.plan import plan
+from imgrun.isolation.cgroups.plan import bound_to_v1, plan
 from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
-
-if TYPE_CHECKING:
-    from imgrun.isolation.cgroups.doctor import Finding
-    from imgrun.isolation.cgroups.oom import Levels
 
 __all__ = [
     "CgroupUsage",
@@ -36,7 +32,6 @@ __all__ = [
     "Limits",
     "MemoryEvents",
     "check_limits",
-    "doctor",
     "remove_leftovers",
     "reopen",
 ]
@@ -60,7 +55,7 @@ class JobCgroup:
         self._directories = tuple(directories)
         self._held = list(held)
         self._clone_fd = -1
-        self._event_fd = -1
+        self.memory = JobMemory(self._with("memory"))
 
     @classmethod
     def create(
@@ -211,21 +206,16 @@ class JobCgroup:
             raise
         return descriptors
 
-    def add_process(self, pid: int) -> None:
-        """Move a process with all its threads into the job: slow, but possible from outside. Raises OSError."""
-        for directory in self._directories:
-            fs.write(f"{directory.path}/cgroup.procs", str(pid))
-
     def processes(self) -> set[int]:
         """The processes of the job, in nested cgroups too; 0 stands for those that this PID namespace does not show."""
         return dirs.processes(self._directories[0].path) if self._directories else set()
 
     def close(self) -> None:
         """Close the descriptors that this object holds. The directories stay."""
-        for fd in (self._clone_fd, self._event_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._clone_fd = self._event_fd = -1
+        self.memory.close()
+        if self._clone_fd >= 0:
+            os.close(self._clone_fd)
+        self._clone_fd = -1
 
     # ---- measuring
 
@@ -235,72 +225,6 @@ class JobCgroup:
         for directory in self._directories:
             usage = usage.or_else(directory.usage())
         return usage
-
-    def oom_kills(self) -> int | None:
-        """How many of the job's processes the kernel killed for want of memory, whoever's memory it was."""
-        return self.memory_events().kills
-
-    def memory_events(self) -> MemoryEvents:
-        directory = self._with("memory")
-        return MemoryEvents() if directory is None else directory.memory_events()
-
-    def memory_event_source(self) -> tuple[int, int]:
-        """A descriptor for epoll and the events to wait for, or (-1, 0) if this host reports none.
-
-        Call ``memory_events`` after ``acknowledge_memory_event``. v1: EPOLLIN when an allocation failed at a limit,
-        before a process is killed for it, and when the directory goes. v2: EPOLLPRI when a count changes; a job that
-        lives at its limit on page cache changes one up to a hundred times a second.
-        """
-        directory = self._with("memory")
-        if self._event_fd < 0 and directory is not None:
-            try:
-                self._event_fd = directory.open_memory_events()
-            except OSError:
-                return -1, 0
-        if directory is None:
-            return -1, 0
-        return self._event_fd, (0x001 if directory.version == 1 else 0x002)
-
-    def acknowledge_memory_event(self) -> None:
-        """Take note of an event, so that epoll waits for the next."""
-        directory = self._with("memory")
-        if self._event_fd >= 0 and directory is not None:
-            try:
-                if directory.version == 1:
-                    os.eventfd_read(self._event_fd)
-                else:
-                    os.pread(self._event_fd, 4096, 0)
-            except OSError:  # nothing to read, or the directory is gone
-                pass
-
-    def hold_when_full(self) -> None:
-        """Have the job wait at its memory limit instead of being killed there. Raises LimitError.
-
-        v1: the kernel lets wait who needs memory; system calls that do may fail with ENOMEM. v2: it slows the job down from
-        a little below the limit on, and ``is_full`` is to be asked at each event; call this again when the limit changes.
-        """
-        directory = self._with("memory")
-        if directory is None:
-            raise LimitError("--oom hold needs a memory limit, and there is none here", "see `imgrun doctor`")
-        directory.hold_when_full()
-
-    def kill_when_full(self) -> None:
-        """Take :meth:`hold_when_full` back: the kernel kills at the limit again, also who waits there now."""
-        directory = self._with("memory")
-        if directory is not None:
-            directory.kill_when_full()
-
-    def is_full(self) -> bool:
-        """Whether the job waits at its own memory limit, and there is nothing that could be taken back from it."""
-        directory = self._with("memory")
-        return directory is not None and directory.is_full()
-
-    def memory_levels(self) -> Levels | None:
-        """What tells whose limit a kill for memory was; None without a memory cgroup. The caller closes it."""
-        from imgrun.isolation.cgroups.oom import Levels
-
-        directory = self._with("memory")
-        return None if directory is None else Levels(directory)
 
     # ---- controlling
 
@@ -382,7 +306,7 @@ class JobCgroup:
         notes: list[str] = []
         for controller, options in lim.needed(limits).items():
             directory = self._with(controller)
-            if directory is None and self._unified() is not None and not self._bound_to_v1(controller):
+            if directory is None and self._unified() is not None and not bound_to_v1(controller):
                 continue
             if directory is None:
                 raise LimitError(
@@ -398,11 +322,6 @@ class JobCgroup:
             directory.apply(limits, live=True)
         self._refuse_missing(limits)
         return tuple(notes)
-
-    @staticmethod
-    def _bound_to_v1(controller: str) -> bool:
-        mounts = fs.parse_mounts(fs.read("/proc/self/mountinfo"))
-        return any(controller in v1.controls_of(mount.controllers) for mount in mounts)
 
     def remove(self, timeout: float = 2.0) -> None:
         """Remove the directories, with those that the job itself made inside them. They must have no processes.
@@ -492,10 +411,3 @@ def remove_leftovers(paths: Iterable[str]) -> None:
     job = reopen(paths)
     job.kill()
     job.remove()
-
-
-def doctor() -> list[Finding]:
-    """What can be limited and measured on this host for a job of this caller, and what to do about the rest."""
-    from imgrun.isolation.cgroups.doctor import examine
-
-    return examine()

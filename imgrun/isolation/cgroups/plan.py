@@ -42,7 +42,7 @@ def plan(limits: Limits, accounting: bool) -> Plan:
         if controller in v1_home:
             _check_v1_access(v1_home[controller], options)
             notes += v1.check(v1_home[controller], limits, controller)
-        elif unified is not None and place is not None and not _bound_to_v1(controller):
+        elif unified is not None and place is not None and not bound_to_v1(controller):
             cgroup_place.check(unified, place, limits, controller, options)
         else:
             raise _missing(controller, options)
@@ -73,7 +73,7 @@ def _v1_name(controller: str) -> str:
     return "blkio" if controller == "io" else controller
 
 
-def _bound_to_v1(controller: str) -> bool:
+def bound_to_v1(controller: str) -> bool:
     """Whether the kernel has the controller in a v1 hierarchy (``NAME HIERARCHY CGROUPS ENABLED``), so not in v2."""
     for line in (fs.text("/proc/cgroups") or "").splitlines():
         words = line.split("\t")

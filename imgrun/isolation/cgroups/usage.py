@@ -63,11 +63,6 @@ class MemoryEvents(NamedTuple):
 
     When v2 kills the job as a whole, it may count the first one twice.
     """
-    own_limit: int | None = None
-    """How often an allocation failed at the job's own limit, so that the kernel had to kill or refuse (v2 only).
-
-    Kills without any of these were caused from above: an enclosing cgroup or the host.
-    """
     at_limit: int | None = None
     """How often at least usage was at the job's own limit. Taking back page cache mostly helped: no harm as such."""
 

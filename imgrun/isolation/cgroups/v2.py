@@ -155,11 +155,9 @@ class V2Directory:
         return CgroupUsage(**values)  # type: ignore[arg-type]
 
     def memory_events(self) -> MemoryEvents:
-        local = fs.keyed(f"{self.path}/memory.events.local")
         return MemoryEvents(
             kills=fs.keyed(f"{self.path}/memory.events").get("oom_kill"),
-            own_limit=local.get("oom"),
-            at_limit=local.get("max"),
+            at_limit=fs.keyed(f"{self.path}/memory.events.local").get("max"),
         )
 
     def open_memory_events(self) -> int:

@@ -62,7 +62,9 @@ def continues(done: Done) -> None:
 
 def given(imgrun: Imgrun, facts: dict[str, Any]) -> Iterator[tuple[Path, str, dict[str, str]]]:
     """Each archive of other guests' for this caller, the kernel it was made on, and a record for what becomes of it."""
-    for guest in sorted(GIVEN.iterdir()):
+    guests = sorted(GIVEN.iterdir())
+    assert guests, "no other guest has given a checkpoint"
+    for guest in guests:
         kernel = (guest / "kernel").read_text()
         record = {"from": kernel, "who": "an ordinary user" if imgrun.user else "root"}
         facts.setdefault("moved", []).append(record)
