@@ -999,6 +999,33 @@ def test_many_at_once_in_one_cgroup(slot: str) -> None:
     in_child(work)
 
 
+def test_one_that_is_just_ending_is_waited_for(slot: str) -> None:
+    """The kernel moves it nowhere any more, and counts it until its memory is gone."""
+    exiting = 4  # PF_EXITING, among the flags in proc_pid_stat(5)
+
+    def work() -> None:
+        ready, tell = os.pipe()
+        if (pid := os.fork()) == 0:
+            fs.write(f"{slot}/cgroup.procs", "0")
+            memory = mmap.mmap(-1, 1 << 30)
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # small pages take their time
+            for place in range(0, len(memory), mmap.PAGESIZE):
+                memory[place] = 1
+            os.write(tell, b"x")
+            signal.pause()
+        os.read(ready, 1)
+        fs.write(f"{slot}/cgroup.procs", "0")
+        os.kill(pid, signal.SIGKILL)
+        while not int(fs.read(f"/proc/{pid}/stat").rpartition(")")[2].split()[6]) & exiting:
+            pass
+        job = JobCgroup.create(new_id(), Limits())
+        assert fs.text(f"{job.paths[0]}/cgroup.controllers")
+        job.remove()
+        os.waitpid(pid, 0)
+
+    in_child(work)
+
+
 def test_a_process_that_cannot_be_moved_costs_only_accounting(slot: str) -> None:
     """One of another PID namespace has no number here."""
 

@@ -196,6 +196,8 @@ several imgruns that start at once need: each takes tens of milliseconds on a bu
 
 
 GIVE_BACK_TIMEOUT = 1.0
+HAND_OUT_TIMEOUT = 3.0
+"""Seconds for which others may stand in the way: new ones, and those that are ending, which cannot be moved any more."""
 
 
 @contextmanager
@@ -232,10 +234,11 @@ def hand_out(parent: str, wanted: frozenset[str]) -> frozenset[str]:
     """
     path = f"{parent}/cgroup.subtree_control"
     missing = (wanted - _words(path)) & _words(f"{parent}/cgroup.controllers")
-    if missing and not _enable(path, missing):
+    deadline = time.monotonic() + HAND_OUT_TIMEOUT
+    if missing and not _enable(path, missing, deadline):
         for name in sorted(missing):
             # One that fails (cpu, where there are real-time processes) must not keep the others away.
-            _enable(path, frozenset((name,)))
+            _enable(path, frozenset((name,)), deadline)
     return _words(path)
 
 
@@ -248,7 +251,7 @@ def hand_out_more(job: str, wanted: frozenset[str]) -> None:
             hand_out(parent, wanted)
 
 
-def _enable(path: str, controllers: frozenset[str]) -> bool:
+def _enable(path: str, controllers: frozenset[str], deadline: float) -> bool:
     """Enable the controllers, the directory's own processes being moved out of the way.
 
     The kernel refuses domain controllers (memory, io) where there are processes; threaded ones (cpu, cpuset, pids) it
@@ -257,7 +260,7 @@ def _enable(path: str, controllers: frozenset[str]) -> bool:
     """
     directory = os.path.dirname(path)
     is_root = not os.path.exists(f"{directory}/cgroup.type")
-    for _ in range(50):
+    while True:
         if not is_root and fs.text(f"{directory}/cgroup.procs"):
             _vacate(directory)
         try:
@@ -265,11 +268,13 @@ def _enable(path: str, controllers: frozenset[str]) -> bool:
         except OSError as error:
             if error.errno != errno.EBUSY:
                 return False
-            continue
-        if is_root or not fs.text(f"{directory}/cgroup.procs"):
-            return True
-        fs.write(path, " ".join(f"-{name}" for name in sorted(controllers)))
-    return False
+        else:
+            if is_root or not fs.text(f"{directory}/cgroup.procs"):
+                return True
+            fs.write(path, " ".join(f"-{name}" for name in sorted(controllers)))
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
 
 
 def _vacate(directory: str) -> None:
