@@ -100,6 +100,8 @@ class _Saving:
         """Whether the files are left where they are until the job has ended."""
         self.kept = False
         """Whether it has to stay where it was made, although it did not get its name."""
+        self._files_seconds = 0.0
+        """How long it took to save the job's files while it stood still."""
         self._reaper = 0
         self._descriptors: dict[str, int] = {}
         self._places = memory_files.places(subject.spec)
@@ -220,11 +222,9 @@ class _Saving:
             self._save_input()
             self._count()
         self.mark("files")
-        statistics = self.manifest["statistics"] = criu_rpc.statistics(f"{self.building}/work")
-        statistics["files_seconds"] = round(time.monotonic() - began, 6)
-        if statistics["frozen_seconds"] is not None:
-            statistics["frozen_seconds"] = round(statistics["frozen_seconds"] + statistics["files_seconds"], 6)
+        self._files_seconds = time.monotonic() - began
         if not self.how.leave_running:
+            self._note_statistics()
             if self.how.archive:
                 self._archive(self.subject.scratch if self._stays else f"{self.building}/files")
             else:
@@ -232,6 +232,13 @@ class _Saving:
                     self._image.settle(self.manifest)
                 self._write_manifest()
             self._kill(init)
+
+    def _note_statistics(self) -> None:
+        """To read CRIU's takes a while, for which a job that runs on does not wait."""
+        statistics = self.manifest["statistics"] = criu_rpc.statistics(f"{self.building}/work")
+        statistics["files_seconds"] = round(self._files_seconds, 6)
+        if statistics["frozen_seconds"] is not None:
+            statistics["frozen_seconds"] = round(statistics["frozen_seconds"] + statistics["files_seconds"], 6)
 
     def _save_input(self) -> None:
         if self.manifest["streams"]["0"].startswith("pipe:"):
@@ -273,6 +280,7 @@ class _Saving:
     def _finish(self) -> None:
         """The job runs on, or has ended: its files become the checkpoint's; and what it wrote into its image is known."""
         if self.how.leave_running:
+            self._note_statistics()
             if self.how.archive:
                 self._archive(f"{self.building}/files")
             else:
