@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from imgrun import init_shim, passwd
+from imgrun import enforcing, init_shim, passwd
 from imgrun.accounting.meter import Meter
 from imgrun.channel import Channel
 from imgrun.environment import login_environment
-from imgrun.errors import CommandNotFound, ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
+from imgrun.errors import ImgrunError, LimitError, PrivilegeError, RestoreError, SpecError
 from imgrun.helper import Helper
 from imgrun.image import open_image
 from imgrun.isolation import limits, namespaces, network, rootless, security, userns
-from imgrun.isolation.cgroups.cgroup import JobCgroup, Limits, check_limits
+from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.isolation.child import Setup, become_init
 from imgrun.isolation.sources import IdMapUnsupported, OtherImage, RootImage, ScratchDir, Shim, Source, Union
 from imgrun.isolation.userns import HeldMap, IdMap
@@ -27,18 +27,13 @@ from imgrun.plan import Plan, build_plan
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
 from imgrun.storage import union
-from imgrun.storage.guest import check_architecture, identify
+from imgrun.storage.guest import check_architecture, find_init, identify
 from imgrun.storage.scratch import Scratch
 
 if TYPE_CHECKING:
     from imgrun.accounting.holding import Hold
     from imgrun.checkpoints.manifest import Checkpoint
     from imgrun.checkpoints.subject import Subject
-
-INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
-SIGRTMIN = 34
-INIT_STOP_SIGNALS = {"systemd": SIGRTMIN + 3, "busybox": signal.SIGUSR2}
-"""What makes an init power off: systemd(1), busybox's init; others take SIGPWR (init(8))."""
 
 
 class Launch:
@@ -111,7 +106,10 @@ class Launch:
         root_fd = self._fds["image"]
         check_architecture(identify(root_fd))
         self.user = self._user(root_fd)
-        self._command = [self._find_init(root_fd)] if spec.init == "image" else list(spec.command)
+        self._command = list(spec.command)
+        if spec.init == "image":
+            init, self.init_stop_signal = find_init(root_fd)
+            self._command = [init]
         self._hold_ids()
         self._delegate_cgroup()
         # Made here: the library is the host's, and the filter needs no more of it to be loaded.
@@ -226,26 +224,11 @@ class Launch:
         self._host_ids = True
 
     def _make_cgroup(self) -> None:
-        asked = self.spec.limits()
-        if self.spec.limits_mode == "best-effort":
-            asked = self._possible(asked)
+        asked = enforcing.asked_for(self.spec, self.warnings)
         self._cgroup = JobCgroup.create(self.job.id, asked, announce=self._announce_cgroups)
         self._undo.append(self._cgroup.remove)
         self.meter = Meter(self.spec, self._cgroup, self.checkpoint.manifest["usage"] if self.checkpoint else None)
         self._undo.append(self.meter.close)
-
-    def _possible(self, asked: Limits) -> Limits:
-        """The limits that can be enforced here; the others become warnings."""
-        for field in Limits._fields:
-            value = getattr(asked, field)
-            if value is None or value == ():
-                continue
-            try:
-                check_limits(Limits(**{field: value}))
-            except LimitError as e:
-                self.warnings.append(f"without the limit: {e.message}")
-                asked = Limits(**{**asked._asdict(), field: () if field == "io_max" else None})
-        return asked
 
     def _delegate_cgroup(self) -> None:
         assert self._cgroup is not None
@@ -306,15 +289,6 @@ class Launch:
     def _may_set_groups(self) -> bool:
         """A user namespace with a single id may not (user_namespaces(7), setgroups)."""
         return self._ids is None or sum(r.size for r in self._ids.gids) > 1
-
-    def _find_init(self, root_fd: int) -> str:
-        for path in INITS:
-            target = passwd.resolve(root_fd, path)
-            if target is not None:
-                kind = next((kind for kind in INIT_STOP_SIGNALS if kind in target), None)
-                self.init_stop_signal = INIT_STOP_SIGNALS[kind] if kind else int(signal.SIGPWR)
-                return path
-        raise CommandNotFound(f"the image has no init ({', '.join(INITS)})", "install one, or use --init shim")
 
     def environment(self) -> dict[str, str]:
         """The command's environment: what a login has, the job's id, and what the spec says. Nothing of the caller's."""
@@ -385,33 +359,13 @@ class Launch:
 
     def hold_when_full(self) -> Hold | None:
         """For ``--oom hold``, from now on."""
-        if self.spec.oom != "hold":
-            return None
-        from imgrun.accounting.holding import Hold
-
         assert self._cgroup is not None
-        try:
-            return Hold(self.job, self._cgroup)
-        except LimitError as e:
-            if self.spec.limits_mode != "best-effort":
-                raise
-            self.warnings.append(f"it is not held at its memory limit: {e.message}")
-            return None
+        return enforcing.hold_when_full(self.job, self.spec, self._cgroup, self.warnings)
 
     def change_limits(self, spec: JobSpec) -> list[str]:
         """Enforce the limits of ``spec`` from now on. Returns caveats; raises LimitError, with nothing changed."""
         assert self._cgroup is not None
-        asked = spec.limits()
-        if spec.limits_mode == "best-effort":
-            asked = self._possible(asked)
-        try:
-            return list(self._cgroup.set_limits(asked))
-        except LimitError:
-            try:
-                self._cgroup.set_limits(self.spec.limits())
-            except LimitError:
-                pass  # one that could not be enforced from the beginning
-            raise
+        return enforcing.change(self._cgroup, self.spec, spec, self.warnings)
 
     # -- freezing and continuing --------------------------------------------------------------------------------------
 
@@ -447,7 +401,7 @@ class Launch:
             for fd in join:
                 os.close(fd)
         if self._fetching is not None:
-            # Without it, what the job has not touched yet would read as zeros.
+            # Without it, the job waits for ever for what it has not touched yet.
             self.servers.append(self._fetching)
             self._undo.append(self._fetching.close)
         if warning is not None:
@@ -458,14 +412,9 @@ class Launch:
         """What to say, and to do, where memory that the job needed was changed in the checkpoint; the job has not seen it."""
         if self._fetching is None or self.checkpoint is None:
             return None
-        from imgrun.checkpoints.lazily import changed
-        from imgrun.checkpoints.manifest import OLDER
-        from imgrun.checkpoints.preflight import cannot_continue
+        from imgrun.checkpoints.continuing import changed_under_way
 
-        name = changed(self._fetching.log)
-        if name is None:
-            return None
-        return cannot_continue(self.checkpoint, f"{name} was changed; the job ran until it needed what was there"), OLDER
+        return changed_under_way(self.checkpoint, self._fetching.log)
 
     def _keep_log(self, path: str) -> str:
         """The job's directory goes with its failed start; why it failed shall stay. Returns where to look."""

@@ -158,6 +158,14 @@ def restore(
             os.close(fd)
 
 
+def changed_under_way(checkpoint: Checkpoint, log: str) -> tuple[str, str] | None:
+    """What to say, and to do, where memory that the job came to need was changed, by the log of what fetches it."""
+    name = lazily.changed(log)
+    if name is None:
+        return None
+    return cannot_continue(checkpoint, f"{name} was changed; the job ran until it needed what was there"), OLDER
+
+
 def _restore_memory(places: list[str]) -> Callable[[], None]:
     from imgrun.checkpoints import memory_files  # in that process: we have CRIU's protocol to import meanwhile
 

@@ -1,4 +1,4 @@
-"""What a mounted root holds: which operating system, for which processor. The root is hostile input.
+"""What a mounted root holds: which operating system, for which processor, with which init. The root is hostile input.
 
 Every path is resolved with the root as ``/`` (openat2(2), RESOLVE_IN_ROOT), opened without waiting, and read only when
 it is a regular file, and only its first bytes.
@@ -8,11 +8,18 @@ Sources: os-release(5), elf(5), Documentation/admin-guide/binfmt-misc.rst.
 from __future__ import annotations
 
 import os
+import signal
 import stat
 from typing import NamedTuple
 
+from imgrun import passwd
 from imgrun import syscalls as sc
-from imgrun.errors import ImageArchError
+from imgrun.errors import CommandNotFound, ImageArchError
+
+INITS = ("/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd", "/bin/init", "/init")
+SIGRTMIN = 34
+INIT_STOP_SIGNALS = {"systemd": SIGRTMIN + 3, "busybox": int(signal.SIGUSR2)}
+"""What makes an init power off: systemd(1), busybox's init; others take SIGPWR (init(8))."""
 
 OS_RELEASE = ("etc/os-release", "usr/lib/os-release")
 OS_RELEASE_LIMIT = 64 << 10
@@ -216,3 +223,13 @@ def _matches(header: bytes, offset: int, magic_hex: str, mask_hex: str | None) -
     if len(part) < len(magic):
         return False
     return all(a & m == b & m for a, b, m in zip(part, magic, mask, strict=False))
+
+
+def find_init(root_fd: int) -> tuple[str, int]:
+    """The path of the root's own init, and the signal that makes it power off. Raises CommandNotFound."""
+    for path in INITS:
+        target = passwd.resolve(root_fd, path)
+        if target is not None:
+            kind = next((kind for kind in INIT_STOP_SIGNALS if kind in target), None)
+            return path, INIT_STOP_SIGNALS[kind] if kind else int(signal.SIGPWR)
+    raise CommandNotFound(f"the image has no init ({', '.join(INITS)})", "install one, or use --init shim")
