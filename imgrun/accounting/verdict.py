@@ -10,37 +10,18 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgrun.init_shim import NAME, REAPER_NAME
+from imgrun.accounting.kernel_log import KernelLog, Told, own_ids
+from imgrun.accounting.processes import LARGEST, Process, largest
 from imgrun.isolation.cgroups.oom import Culprit
 from imgrun.units import format_size
 
 if TYPE_CHECKING:
     from imgrun.isolation.cgroups.cgroup import CgroupUsage, JobCgroup
 
-LARGEST = 3
-"""How many processes are named."""
-LOOKED_AT = 2000
-LOOKING = 0.02
-"""Processor seconds that looking at the processes may take: the job shall be killed promptly."""
 AGAIN = 0.5
 """Seconds before they are looked at again, where events come often."""
 WAIT_FIRST, WAIT_MOST, WAIT_ALL = 0.001, 0.05, 5.0
 """Seconds between an event and the kernel's kill: how long until the first look, between looks, and in all."""
-PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-class Process(NamedTuple):
-    """A process of the job."""
-
-    name: str
-    pid: int
-    """In the job; 0 when it is not known."""
-    memory: int
-    """Resident bytes, what it shares with others included."""
-
-    def __str__(self) -> str:
-        pid = f" (pid {self.pid})" if self.pid else ""
-        return f"{self.name}{pid} {format_size(self.memory)}"
 
 
 class Verdict(NamedTuple):
@@ -168,16 +149,12 @@ class MemoryWatch:
         return 0 if held is None else (held.memory_file or 0) + (held.memory_kernel or 0)
 
     def _largest(self, told: Told) -> list[Process]:
-        """Those seen, and those that the kernel says it killed, by whichever of the two saw more of them."""
-        found = {process.name: process for process in reversed(self.largest)} if told.killed else {}
-        seen = [p for p in self.largest if p.memory]
-        for name, memory in told.killed:
-            known = found.get(name[:15])
-            if known is None:
-                seen.append(Process(name, 0, memory))
-            elif memory > known.memory:
-                seen = [p._replace(memory=memory) if p is known else p for p in seen]
-        return sorted(seen, key=lambda p: -p.memory)[:LARGEST]
+        """Of those seen, and those that the kernel says it killed: who was seen may have given back its memory by then."""
+        found = {process.host_pid: process for process in told.killed}
+        for process in self.largest:
+            killed = found.get(process.host_pid, process)
+            found[process.host_pid] = process._replace(memory=max(process.memory, killed.memory))
+        return sorted((p for p in found.values() if p.memory), key=lambda p: -p.memory)[:LARGEST]
 
     def close(self) -> None:
         if self._log is not None:
@@ -203,116 +180,3 @@ def next_size(size: int) -> str:
             step = scale if wanted < 100 * scale else 10 * scale
             return f"{-(-wanted // step) * step // scale}{unit}"
     raise AssertionError
-
-
-def largest(pids: set[int]) -> list[Process]:
-    """The largest of these processes, by resident memory (proc(5), statm)."""
-    deadline = time.thread_time() + LOOKING
-    sizes = []
-    for pid in list(pids)[:LOOKED_AT]:
-        try:
-            fd = os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            sizes.append((int(os.read(fd, 256).split()[1]) * PAGE, pid))
-        except (OSError, IndexError):
-            pass
-        finally:
-            os.close(fd)
-        if time.thread_time() > deadline:
-            break
-    found = []
-    for memory, pid in sorted(sizes, reverse=True)[: LARGEST + 2]:
-        name, inside = "", 0
-        try:
-            with open(f"/proc/{pid}/status", "rb") as f:
-                for line in f:
-                    key, _, value = line.partition(b":")
-                    if key == b"Name":
-                        name = value.strip().decode(errors="replace")
-                    elif key == b"NSpid":
-                        inside = int(value.split()[-1])
-                        break
-        except OSError:
-            continue
-        if name not in (NAME, REAPER_NAME):
-            found.append(Process(name, inside, memory))
-    return found[:LARGEST]
-
-
-class Told(NamedTuple):
-    """What the kernel's log says of kills in the job."""
-
-    limit_of: str | None = None
-    """The cgroup whose limit it was; None when it was the host's memory, or nothing is said."""
-    killed: tuple[tuple[str, int], ...] = ()
-    """Names of the processes, and what they held in bytes."""
-
-
-class KernelLog:
-    """The kernel's log from now on (Documentation/ABI/testing/dev-kmsg); silent where it may not be read."""
-
-    def __init__(self, cgroup_name: str, ids: range) -> None:
-        """``ids`` are the host's user ids that are the job's alone; empty when it has none of its own."""
-        self._name = cgroup_name
-        self._ids = ids
-        try:
-            self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            os.lseek(self._fd, 0, os.SEEK_END)
-        except OSError:
-            self._fd = -1
-
-    def read(self, most: int = 20000) -> Told:
-        """What it says of the job's cgroup. At most so many records are read."""
-        limit_of, killed = None, []
-        ours = False
-        for _ in range(most if self._fd >= 0 else 0):
-            try:
-                record = os.read(self._fd, 8192)
-            except BrokenPipeError:
-                continue  # what was there has been overwritten
-            except OSError:
-                break
-            line = record.partition(b"\n")[0].partition(b";")[2].decode(errors="replace")
-            if line.startswith("oom-kill:"):
-                fields = dict(word.partition("=")[::2] for word in line.split(","))
-                ours = self._name in fields.get("task_memcg", "").split("/")
-                if ours:
-                    limit_of = fields.get("oom_memcg")
-            elif "Killed process " in line and (ours or _uid(line) in self._ids):
-                # The line before it is left out when there were many.
-                ours = False
-                killed.append(_victim(line))
-        return Told(limit_of, tuple(killed))
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def own_ids(init: int) -> range:
-    """The host's user ids of a job's user namespace, when that is not everybody's (user_namespaces(7), uid_map)."""
-    try:
-        with open(f"/proc/{init}/uid_map", "rb") as f:
-            _, outside, count = map(int, f.readline().split())
-    except (OSError, ValueError):
-        return range(0)
-    return range(outside, outside + count) if outside else range(0)
-
-
-def _uid(line: str) -> int:
-    value = line.rpartition(" UID:")[2].partition(" ")[0]
-    return int(value) if value.isdigit() else -1
-
-
-def _victim(line: str) -> tuple[str, int]:
-    """``...Killed process PID (NAME) total-vm:NkB, anon-rss:NkB, file-rss:NkB, shmem-rss:NkB, ...``"""
-    name, _, sizes = line.partition(" (")[2].rpartition(") total-vm:")
-    total = 0
-    for word in sizes.split(", "):
-        key, _, value = word.partition(":")
-        if key.endswith("-rss") and value.removesuffix("kB").isdigit():
-            total += int(value.removesuffix("kB")) * 1024
-    return name, total

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imgrun.accounting import verdict
-from imgrun.accounting.verdict import KernelLog, MemoryWatch, Process, next_size
+from imgrun.accounting import kernel_log, verdict
+from imgrun.accounting.kernel_log import KernelLog, Told
+from imgrun.accounting.processes import Process, largest
+from imgrun.accounting.verdict import MemoryWatch, next_size
 from imgrun.isolation.cgroups import fs, oom
 from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.isolation.cgroups.oom import Culprit, Levels
@@ -146,11 +148,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return f"6,1,2,-;{lines.pop(0)}\n SUBSYSTEM=x\n".encode()
 
     def silent(self: KernelLog, name: str, ids: range) -> None:
-        self._name, self._ids, self._fd = name, ids, 999
+        self._name, self._ids, self._fd, self._same_pids = name, ids, 999, True
 
     monkeypatch.setattr(KernelLog, "__init__", silent)
     monkeypatch.setattr(KernelLog, "close", lambda self: None)
-    monkeypatch.setattr(verdict.os, "read", read)
+    monkeypatch.setattr(kernel_log.os, "read", read)
     return lines
 
 
@@ -164,7 +166,7 @@ KILLED = (
 def test_what_was_killed_is_in_the_kernels_log(tree: Tree, log: list[str]) -> None:
     watch = watch_of(tree)
     tree.events(tree.job, out=1, kills=1)
-    watch.largest = [Process("sh", 3, 80 << 10)]
+    watch.largest = [Process("sh", 3, 80 << 10, 9)]
     log += [OOM.format("imgrun-other"), KILLED.format("other", 0), "noise", OOM.format("imgrun-j"), KILLED.format("a) (b", 0)]
     told = watch.verdict(None, 64 * MIB)
     assert "largest processes then: a) (b 41 MiB, sh (pid 3) 80 KiB" in told.message
@@ -182,10 +184,44 @@ def test_a_log_that_leaves_out_lines_is_read_by_user(tree: Tree, log: list[str],
     assert "theirs" not in told.message
 
 
+def killed(pid: int, name: str, mib: int) -> str:
+    sizes = f"total-vm:922588kB, anon-rss:{mib << 10}kB, file-rss:0kB, shmem-rss:0kB, UID:0 pgtables:1272kB oom_score_adj:500"
+    return f"Out of memory: Killed process {pid} ({name}) {sizes}"
+
+
+def test_all_that_the_kernel_killed_together(tree: Tree, log: list[str]) -> None:
+    """As 6.1 prints it: the chosen one twice, and the others once. What was seen had given back its memory, or not yet."""
+    watch = watch_of(tree)
+    tree.events(tree.job, kills=1)
+    watch.largest = [Process("hold", 5, 200 * MIB, 180), Process("hold", 4, 0, 179), Process("hold", 6, 0, 181)]
+    end = " are going to be killed due to memory.oom.group set"
+    chosen = OOM.format("imgrun-j").replace("oom_memcg=/slot", "global_oom")
+    log += [
+        chosen, killed(181, "hold", 617), f"Tasks in /slot/imgrun-j{end}",
+        killed(176, "imgrun-init", 1), killed(178, "sleep", 1), killed(179, "hold", 600), killed(181, "hold", 580),
+        f"Tasks in /slot/imgrun-other{end}", killed(300, "other", 1000),
+    ]  # fmt: skip
+    told = watch.verdict(None, 1800 * MIB)
+    assert told.message.endswith(
+        "its largest processes then: hold (pid 6) 617 MiB, hold (pid 4) 600 MiB, hold (pid 5) 200 MiB"
+    )
+
+
+def test_where_the_logs_pids_are_not_ours_it_names_nobody(tree: Tree, log: list[str]) -> None:
+    watch = watch_of(tree)
+    assert watch._log is not None
+    watch._log._same_pids = False
+    tree.events(tree.job, kills=1)
+    watch.largest = [Process("hold", 5, 60 * MIB, 12)]
+    log += [OOM.format("imgrun-j"), killed(181, "hold", 61)]
+    told = watch.verdict(None, 64 * MIB)
+    assert told.message.endswith("its largest processes then: hold (pid 5) 60 MiB")
+
+
 def test_no_wrong_lead_where_the_largest_was_gone(tree: Tree, log: list[str]) -> None:
     watch = watch_of(tree)
     tree.events(tree.job, out=1, kills=1)
-    watch.largest = [Process("sh", 3, 80 << 10)]
+    watch.largest = [Process("sh", 3, 80 << 10, 9)]
     assert "largest" not in watch.verdict(None, 64 * MIB).message
 
 
@@ -205,12 +241,12 @@ def test_a_log_that_may_not_be_read_is_silent(monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object) -> int:
         raise PermissionError
 
-    monkeypatch.setattr(verdict.os, "open", refuse)
-    assert KernelLog("x", range(0)).read() == verdict.Told()
+    monkeypatch.setattr(kernel_log.os, "open", refuse)
+    assert KernelLog("x", range(0)).read() == Told()
 
 
 def test_the_largest_of_these_processes() -> None:
-    (found,) = verdict.largest({os.getpid(), 1 << 22})
+    (found,) = largest({os.getpid(), 1 << 22})
     assert found.memory > MIB
     assert found.pid > 0
 

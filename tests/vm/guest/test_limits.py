@@ -85,7 +85,7 @@ def test_who_asks_for_more_than_the_host_has_is_told_so(root: Imgrun, room: Path
     done = root("start", "--result", record, IMAGES / "small.squashfs", "--", "sh", "-c", script)
     assert done.status == 137, done
     assert "the host ran out of memory, and the kernel killed it" in done.stderr, done
-    assert "hold" in done.stderr.partition("largest processes")[2]
+    assert "hold" in done.stderr.partition("largest processes")[2], done
     assert json.loads(record.read_text())["reason"] == "host-memory"
 
 
