@@ -26,6 +26,7 @@ from imgrun.checkpoints.archive import Archive
 from imgrun.checkpoints.criu_process import first_pid
 from imgrun.checkpoints.digests import Totals, lines
 from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, LIST, MANIFEST, SHIM, checksum, describe_files, said, size_of
+from imgrun.checkpoints.placing import put_in_place
 from imgrun.checkpoints.refusals import explained, refuse
 from imgrun.checkpoints.subject import How, Subject, building_archive, building_place, kept_log
 from imgrun.checkpoints.writable import WritableImage
@@ -33,9 +34,9 @@ from imgrun.errors import CheckpointError, ImgrunError, JobStateError
 from imgrun.isolation import namespaces
 from imgrun.isolation.processes import census, children_of
 from imgrun.state import now
+from imgrun.storage.scratch import FILE
 from imgrun.storage.trees import remove_tree
 
-LOG = "dump.log"
 NOT_CAPTURED = "the image is not captured, and must stay as it is"
 
 
@@ -71,15 +72,17 @@ def save(subject: Subject, target: str, how: How) -> Saved:
         complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
     except (CheckpointError, OSError) as e:
-        if (error := explained(e, building, target)) is e:
+        alone = saving is not None and saving.alone
+        if (alone and isinstance(e, CheckpointError)) or (error := explained(e, building, target)) is e:
             raise
         raise error from e
     finally:
         if not complete:
             with contextlib.suppress(OSError):
                 os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
-        if saving is None or not saving.kept:
-            remove_tree(building)
+        if saving is None or not saving.alone:
+            with contextlib.suppress(ImgrunError):  # what is said of the checkpoint matters more
+                remove_tree(building)
 
 
 class _Saving:
@@ -95,11 +98,11 @@ class _Saving:
         self.warnings: list[str] = []
         self._sized = subject.spec.scratch_size is not None
         """Whether what the job wrote is a file system in one file, to which the kernel writes until it is unmounted."""
-        self.layers = ("scratch.img",) if self._sized else captured.LAYERS
+        self.layers = (FILE,) if self._sized else captured.LAYERS
         self._stays = False
         """Whether the files are left where they are until the job has ended."""
-        self.kept = False
-        """Whether it has to stay where it was made, although it did not get its name."""
+        self.alone = False
+        """Whether the job is in what was made alone, which then stays, with or without its name."""
         self._files_seconds = 0.0
         """How long it took to save the job's files while it stood still."""
         self._reaper = 0
@@ -230,8 +233,11 @@ class _Saving:
             else:
                 if self._image is not None:
                     self._image.settle(self.manifest)
-                self._write_manifest()
+                self._prepare_manifest()
             self._kill(init)
+            if not self.how.archive:
+                self.alone = True
+                self._publish_manifest()
 
     def _note_statistics(self) -> None:
         """To read CRIU's takes a while, for which a job that runs on does not wait."""
@@ -286,29 +292,14 @@ class _Saving:
             else:
                 self._list_files()
                 self._write_manifest()
-                _replace(self.building, self.target)
+                put_in_place(self.building, self.target, self.subject.scratch)
         elif self.how.archive:
             if self._image is not None and self._image.later:
                 self._try(self._add_image, NOT_CAPTURED)
         else:
-            self._put_in_place()
+            put_in_place(self.building, self.target, self.subject.scratch)
+            self.building = self.target
             self._complete()
-
-    def _put_in_place(self) -> None:
-        """Nobody else has the job any more: this is to take no longer than it must."""
-        if self._stays:
-            for name in self.layers:
-                try:
-                    os.rename(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
-                except OSError:
-                    captured.copy_tree(f"{self.subject.scratch}/{name}", f"{self.building}/files/{name}")
-        try:
-            _replace(self.building, self.target)
-        except OSError as e:
-            self.kept = True
-            why = f"{self.target} could not be put in its place: {e.strerror}; the whole checkpoint is {self.building}"
-            raise CheckpointError(why, f"restore from there, or rename it to {self.target}") from e
-        self.building = self.target
 
     def _complete(self) -> None:
         """There is a good checkpoint; what follows may make it better, and must not make it worse."""
@@ -375,6 +366,12 @@ class _Saving:
         self.mark("archive")
 
     def _write_manifest(self, *, sync: bool = True) -> None:
+        self._prepare_manifest(sync=sync)
+        self._publish_manifest()
+        if sync:
+            os.fsync(self._here)
+
+    def _prepare_manifest(self, *, sync: bool = True) -> None:
         """The last file, once all others are on the disk."""
         manifest = self.manifest
         syncing = Syncing(self._here) if sync else None
@@ -392,34 +389,14 @@ class _Saving:
             f.flush()
             if sync:
                 os.fsync(f.fileno())
-        os.rename(f"{self.building}/{MANIFEST}.new", f"{self.building}/{MANIFEST}")
-        if sync:
-            os.fsync(self._here)
         self.mark("manifest, to the disk")
+
+    def _publish_manifest(self) -> None:
+        """What has a manifest is a checkpoint."""
+        os.rename(f"{self.building}/{MANIFEST}.new", f"{self.building}/{MANIFEST}")
 
 
 def _await_end(pidfd: int) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.poll()
-
-
-def _replace(building: str, target: str) -> None:
-    """Give the complete checkpoint its name. The one that had it goes last."""
-    with contextlib.suppress(OSError):
-        os.rename(f"{building}/work/{criu.LOG}", f"{building}/{LOG}")
-    remove_tree(f"{building}/work")
-    old = f"{building}.old"
-    remove_tree(old)
-    if os.path.lexists(target):
-        os.rename(target, old)
-    os.rename(building, target)
-    parent = os.open(os.path.dirname(target), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-    try:
-        remove_tree(old)
-    except ImgrunError:
-        pass  # the new one is what was asked for

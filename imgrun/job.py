@@ -373,10 +373,7 @@ def _collect_one(job: JobDir) -> None:
 
     live = job.read("state.json")
     _end_init(live)
-    building = live.get("building")
-    for path in building if isinstance(building, list) else ():
-        if isinstance(path, str) and path.endswith(f".{job.id}.new"):
-            remove_tree(path)
+    frozen_to = _settle_checkpoint(job, live)
     remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
     remove_tree(f"{job.path}/scratch")  # first: on a full disk the record needs the room
     keep = bool(job.read("job.json").get("keep"))
@@ -385,12 +382,32 @@ def _collect_one(job: JobDir) -> None:
         lost = Result(
             id=job.id, name=job.name, image=str(spec.get("image")), command=tuple(spec.get("command", ())),
             reason="lost", exit_code=None, signal=None, message="the job's supervisor was killed, and the job with it",
-            hint="start it again", started_at=live.get("started_at"), finished_at=now(),
+            hint=f"'imgrun restore {frozen_to}' continues it" if frozen_to else "start it again",
+            started_at=live.get("started_at"), finished_at=now(),
             hostname=live.get("hostname"), usage=Usage(),
         )  # fmt: skip
         job.write("result.json", lost.to_dict())
         job.write("state.json", live | {"state": "finished", "reason": "lost"})
     finish(job, keep=keep)
+
+
+def _settle_checkpoint(job: JobDir, live: dict[str, Any]) -> str | None:
+    """Put what was complete of the job's last checkpoint in its place, and remove what was not. Returns where one is."""
+    building = [path for path in live.get("building", ()) if isinstance(path, str) and path.endswith(f".{job.id}.new")]
+    if not building:
+        return None
+    from imgrun.apart import apart
+    from imgrun.checkpoints import manifest
+    from imgrun.checkpoints.placing import adopt
+
+    target = live.get("making")
+    if isinstance(target, str):
+        apart(lambda: adopt(building[0], target, f"{job.path}/scratch"))
+    for path in building:
+        remove_tree(path)
+    if isinstance(target, str) and manifest.exists(target) and manifest.load(target).manifest["job"] == job.id:
+        return target
+    return None
 
 
 def _end_init(live: dict[str, Any]) -> None:

@@ -120,6 +120,11 @@ def kernel_version() -> tuple[int, int]:
     return int(major), int(minor.removesuffix(rest))
 
 
+def exchange(one: str, other: str) -> None:
+    """Give each of two files or directories the other's name, both at once (rename(2), RENAME_EXCHANGE)."""
+    _checked(_lib.ig_exchange(os.fsencode(one), os.fsencode(other)), one)
+
+
 def syncfs(fd: int) -> None:
     """Write everything of the file system of ``fd`` to its disk (syncfs(2))."""
     _checked(_lib.ig_syncfs(fd))

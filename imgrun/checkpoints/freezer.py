@@ -69,7 +69,8 @@ class Freezer:
         self._owner.make_room()
         self.under_way = Freezing(subject, target, how, asker)
         # For whoever cleans up, if this process is killed.
-        self._job.write("state.json", self._job.read("state.json") | {"building": self.under_way.building})
+        making = {"building": self.under_way.building, "making": target if self.under_way.named else None}
+        self._job.write("state.json", self._job.read("state.json") | making)
 
     def finish(self) -> None:
         """Take note of how the checkpoint under way went."""

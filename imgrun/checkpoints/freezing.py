@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 from typing import Any
 
 from imgrun import checkpoint, errors
 from imgrun import syscalls as sc
 from imgrun.channel import Channel
-from imgrun.checkpoints.manifest import load
+from imgrun.checkpoints import manifest
+from imgrun.checkpoints.placing import adopt
 from imgrun.checkpoints.subject import How, Subject, building_archive, building_place
-from imgrun.errors import CheckpointError, ImgrunError
+from imgrun.errors import CheckpointError, ImgrunError, RestoreError
 from imgrun.state import now
 from imgrun.storage.trees import remove_tree
+
+KILLED = {"error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"}
+LACKING = "may lack what comes last: hashes of the job's files, the image"
+PATIENCE = 60
+"""Seconds for a job that was killed to be gone; it may have much memory to give back."""
 
 
 class Freezing:
@@ -22,13 +30,15 @@ class Freezing:
     def __init__(self, subject: Subject, target: str, how: How, asker: Channel | None) -> None:
         self.leave_running = how.leave_running
         self.target = target
+        self.named = not how.archive
+        """Whether what is made gets the target's name when it is complete."""
         self.building = [building_place(subject, target, how)]
         """What is to be removed when it does not come to its end."""
         if (unfinished := building_archive(subject, target, how)) is not None:
             self.building.append(unfinished)
         self.asker = asker
         self._began = now()
-        self._job = subject.id
+        self._subject = subject
         self.warnings: list[str] = []
         self._channel, theirs = Channel.pair()
         self._pid = os.fork()
@@ -46,7 +56,9 @@ class Freezing:
         received = self._channel.receive()
         self._channel.close()
         os.waitpid(self._pid, 0)
-        answer: dict[str, Any] = received[0] if received else self._killed()
+        answer: dict[str, Any] = received[0] if received else KILLED
+        if "error" in answer:
+            answer = self._rescued(answer)
         if self.asker is not None:
             try:
                 self.asker.send(answer)
@@ -58,18 +70,33 @@ class Freezing:
         error: ImgrunError = getattr(errors, answer["error"], CheckpointError)(answer["message"], answer["hint"])
         return error
 
-    def _killed(self) -> dict[str, Any]:
-        """What to say when the process was killed: the checkpoint may be there all the same, and the job in it alone."""
-        for path in self.building:
-            remove_tree(path)
+    def _rescued(self, failure: dict[str, Any]) -> dict[str, Any]:
+        """What to say of a failure: the checkpoint may be complete all the same, and the job in it alone."""
         try:
-            manifest = load(self.target).manifest
-        except ImgrunError:
-            manifest = {}
-        if not self.leave_running and manifest.get("job") == self._job and manifest["created_at"] >= self._began:
-            warning = "what the job wrote to disk is not hashed: the process that did it was killed"
-            return {"ok": True, "timings": [], "warnings": [warning], "statistics": manifest["statistics"]}
-        return {"error": "CheckpointError", "message": "the process that made the checkpoint was killed", "hint": "try again"}
+            if self.named:
+                if not self.leave_running and manifest.exists(self.building[0]):
+                    self._await_end()
+                adopt(self.building[0], self.target, self._subject.scratch)
+                made = manifest.load(self.target).manifest
+                if made["job"] == self._subject.id and made["created_at"] >= self._began:
+                    warnings = [f"{failure['message']}; it is good, but {LACKING}"]
+                    return {"ok": True, "timings": [], "warnings": warnings, "statistics": made["statistics"]}
+        except RestoreError:
+            pass
+        except ImgrunError as e:
+            return {"error": type(e).__name__, "message": e.message, "hint": e.hint}
+        for path in self.building:
+            with contextlib.suppress(ImgrunError):
+                remove_tree(path)
+        return failure
+
+    def _await_end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            ended = os.pidfd_open(self._subject.init)
+            poll = select.poll()
+            poll.register(ended, select.POLLIN)
+            poll.poll(PATIENCE * 1000)
+            os.close(ended)
 
 
 def _work(subject: Subject, target: str, how: How, channel: Channel) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import textwrap
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from imgrun.checkpoints import identity
-from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files, foreign_owner, said, size_of
+from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files, exists, foreign_owner, load, said, size_of
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.init_shim import PROTOCOL
 from imgrun.spec import JobSpec, parse_bind
@@ -66,22 +68,41 @@ def changed(
     )
 
 
+def earlier_life(spec: JobSpec, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that a job with ``checkpoint_dir`` is to go on from; None when it has not run before.
+
+    Raises RestoreError where it cannot.
+    """
+    from imgrun.job import collect
+    from imgrun.state import StateRoot
+
+    assert spec.checkpoint_dir is not None
+    collect(StateRoot())  # one whose maker was killed may wait for its name
+    if not exists(spec.checkpoint_dir):
+        return None
+    found = as_asked(load(spec.checkpoint_dir), spec)
+    for warning in require(found):
+        warn(warning)
+    return found
+
+
 def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
-    """The checkpoint as ``start`` is asked to run it: with its own limits, but in the same surroundings.
+    """The checkpoint as ``start`` is asked to run it: with its own limits, but the same command in the same surroundings.
 
     Raises RestoreError where these differ from those that the job was frozen in.
     """
     saved = checkpoint.spec
+    hint = "start it as it was started, or with another --checkpoint-dir"
+    if saved.command != spec.command:
+        command = textwrap.shorten(" ".join(saved.command), 100, placeholder=" ...")
+        raise RestoreError(f"{checkpoint.path} holds a job with another command: {command}", hint)
     pairs: list[tuple[str, object, object]] = [
         (key, getattr(saved, key), getattr(spec, key)) for key in ("root", "userns", "init", "scratch_size", "network")
     ]
     pairs.append(("mounts", sorted((m.dst, m.type) for m in saved.mounts), sorted((m.dst, m.type) for m in spec.mounts)))
     for key, was, asked in pairs:
         if was != asked:
-            raise RestoreError(
-                f"{checkpoint.path} holds a job with {key} {was!r}, and {asked!r} is asked for",
-                "start it as it was started, or with another --checkpoint-dir",
-            )
+            raise RestoreError(f"{checkpoint.path} holds a job with {key} {was!r}, and {asked!r} is asked for", hint)
     return checkpoint._replace(spec=spec)
 
 

@@ -168,18 +168,13 @@ def start(**flags: Any) -> NoReturn:
         raise click.exceptions.Exit(site.run(spec, run_foreground, flags, place_of_result(flags["result"])))
     found = None
     if spec.checkpoint_dir is not None:
-        from imgrun.checkpoints import manifest
+        from imgrun.checkpoints.preflight import earlier_life
         from imgrun.checkpoints.refusals import unfreezable
 
         if (spec.checkpoint_signal or spec.checkpoint_every) and (why := unfreezable(spec)):
             raise SpecError(f"the job could not be saved: {why}", "leave out --checkpoint-signal and --checkpoint-every")
-        if manifest.exists(spec.checkpoint_dir):
-            from imgrun.checkpoints.preflight import as_asked, require
-
-            found = as_asked(manifest.load(spec.checkpoint_dir), spec)
-            for warning in require(found):
-                warn(warning)
-        else:
+        found = earlier_life(spec, warn)
+        if found is None:
             from imgrun.cli.freeze import make_checkpoint_directory
 
             make_checkpoint_directory(spec.checkpoint_dir)

@@ -14,6 +14,7 @@ ffibuilder.cdef(
     long ig_unshare(int flags);
     long ig_setns(int fd, int flags);
     long ig_pivot_root(const char *new_root, const char *put_old);
+    long ig_exchange(const char *one, const char *other);
     long ig_fs_magic(const char *path);
     long ig_syncfs(int fd);
     long ig_begin_writing(int fd);
@@ -134,6 +135,8 @@ ffibuilder.set_source(
 
     static long ig_syncfs(int fd) { RESULT(syscall(SYS_syncfs, fd)); }
     static long ig_begin_writing(int fd) { RESULT(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)); }
+    static long ig_exchange(const char *one, const char *other)
+    { RESULT(syscall(SYS_renameat2, AT_FDCWD, one, AT_FDCWD, other, 2 /* RENAME_EXCHANGE */)); }
     static long ig_fs_magic(const char *path)
     {
         struct statfs status;

@@ -19,14 +19,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from imgrun.checkpoints.refusals import unfreezable
-from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
+from imgrun.errors import ImgrunError, LimitError, SpecError
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.schedulers import slurm_control as control
 from imgrun.schedulers.preemption import SAVED, warn_if_short
 from imgrun.spec import JobSpec
 
 if TYPE_CHECKING:
-    from imgrun.checkpoints.manifest import Checkpoint
     from imgrun.result import Result
 
 DIRECTORY = "imgrun-checkpoints"
@@ -143,32 +142,16 @@ class Site:
         # A preemption may come at any moment: until the job can be frozen, it waits.
         signal.pthread_sigmask(signal.SIG_BLOCK, asked.checkpoint_signal or SIGNALS)
         spec = self.spec(asked)
-        found = self._earlier_life(spec)
+        found = None
+        if spec.checkpoint_dir is not None:
+            from imgrun.checkpoints.preflight import earlier_life
+
+            found = earlier_life(spec, self.warn)
         self._directory = spec.checkpoint_dir
         status = foreground(spec, flags["remove"] is False, result_file, flags, checkpoint=found, at_end=self.ended)
         if self._frozen_with is not None:
             self._requeue(self._frozen_with)
         return status
-
-    def _earlier_life(self, spec: JobSpec) -> Checkpoint | None:
-        if spec.checkpoint_dir is None:
-            return None
-        from imgrun.checkpoints import manifest
-
-        if not manifest.exists(spec.checkpoint_dir):
-            return None
-        from imgrun.checkpoints.preflight import as_asked, require
-
-        saved = manifest.load(spec.checkpoint_dir)
-        if saved.spec.command != spec.command:
-            raise RestoreError(
-                f"{spec.checkpoint_dir} holds a job with another command: {' '.join(saved.spec.command)}",
-                "give each imgrun of a script a --checkpoint-dir of its own, or a step (srun)",
-            )
-        found = as_asked(saved, spec)
-        for warning in require(found):
-            self.warn(warning)
-        return found
 
     def ended(self, result: Result) -> None:
         """Tell Slurm what the job has used, and tidy up after a success."""

@@ -128,13 +128,76 @@ def test_killed_when_the_job_is_in_the_checkpoint_alone(rig: Rig, whom: str) -> 
     assert "tree" not in record, "it was ready too soon"
     if whom == "freezer":
         assert asking.returncode == 0, errors
-        assert "is not hashed: the process that did it was killed" in errors
+        assert "the process that made the checkpoint was killed; it is good, but may lack" in errors
         assert json.loads(rig.run("inspect", job).stdout)["result"]["reason"] == "checkpointed"
     else:
         eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
         rig.run("gc")
     assert rig.run("check", rig.path("c")).status == 0
     restored = rig.run("restore", "--detach", rig.path("c"))
+    assert restored.status == 0, restored
+    goes_on(rig, restored.stdout.strip())
+
+
+@pytest.mark.parametrize("whom", ["freezer", "supervisor"])
+def test_killed_before_it_has_its_name(rig: Rig, whom: str) -> None:
+    """The job has ended, and gives back much memory, which takes a while; what it wrote is still in its scratch."""
+    memory = "(head -c 600000000 /dev/zero; echo full >/tmp/full; sleep 1000) | tail -c 600000000 >/dev/null"
+    target = rig.path("c")
+
+    def caught() -> str | None:
+        job = rig.run.background(f"{memory} & {TICK.replace('echo $i', 'cat /tmp/full; echo $i')}")
+        rig.reaches(job, "full")
+        supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+        asking = rig.run.popen("checkpoint", "--to", target, job)
+        building = f"{target}.{job}.new"
+        freezer = eventually(lambda: children(supervisor, "freezing"))[0]
+        while asking.poll() is None and not manifest.exists(building):
+            pass
+        stopped = kill(freezer, signal.SIGSTOP)
+        in_time = manifest.exists(building)
+        if stopped:
+            kill(supervisor if whom == "supervisor" and in_time else freezer, signal.SIGKILL if in_time else signal.SIGCONT)
+        errors = asking.communicate(timeout=60)[1].decode()
+        if not in_time:
+            rig.run("rm", job)
+            shutil.rmtree(target)
+            return None
+        if whom == "freezer":
+            assert asking.returncode == 0, errors
+            assert "the process that made the checkpoint was killed; it is good" in errors
+        else:
+            eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
+            assert f"imgrun restore {target}" in json.loads(rig.run("inspect", job).stdout)["result"]["hint"]
+        return job
+
+    job = next(filter(None, (caught() for _ in range(8))), "")
+    assert job, "it had its name too soon each time"
+    assert [path.name for path in target.parent.glob("c*")] == ["c"]
+    assert rig.run("check", target).status == 0
+    restored = rig.run("restore", "--detach", target)
+    assert restored.status == 0, restored
+    goes_on(rig, restored.stdout.strip())
+    assert rig.output(restored.stdout.strip())[-2:].count("full") == 1
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_a_name_that_cannot_be_had_any_more(rig: Rig) -> None:
+    """The job is in what was made alone by then: it is kept, and said."""
+    job = rig.run.background(f"dd if=/dev/urandom of=/dev/shm/x bs=1M count=200 2>/dev/null; {TICK}")
+    rig.reaches(job, "2")
+    target = rig.freeze(job, "c", "--leave-running")
+    asking = rig.run.popen("checkpoint", "--to", target, job)
+    building = Path(f"{target}.{job}.new")
+    eventually(lambda: any(building.glob("processes/*")), "it is being made")
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True)
+    try:
+        said = asking.communicate(timeout=60)[1].decode()
+    finally:
+        subprocess.run(["umount", target], check=True)
+    assert asking.returncode == 125
+    assert f"{target} could not be put in its place: Device or resource busy; the whole checkpoint is {building}" in said
+    restored = rig.run("restore", "--detach", building)
     assert restored.status == 0, restored
     goes_on(rig, restored.stdout.strip())
 

@@ -160,6 +160,20 @@ def test_a_failure_that_nobody_asked_for_is_said_at_once(rig: Rig, how: str) -> 
     assert errors.decode().count("checkpoint failed") <= (0 if how == "signal" else 1), errors
 
 
+def test_a_directory_with_another_job_is_not_continued_by_mistake(rig: Rig) -> None:
+    flags = ("--checkpoint-dir", rig.path("c"), "--checkpoint-signal", "USR1")
+    process = rig.run.foreground("echo ready; read go; echo $go", *flags)
+    expect(process, "ready")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 85
+    before = (rig.path("c") / "manifest.json").read_bytes()
+    other = rig.run.sh("echo other", *flags)
+    refused(other, 125, "holds a job with another command: sh -c echo ready; read go")
+    other = rig.run.sh("echo ready; read go; echo $go", "--read-only", *flags)
+    refused(other, 125, "holds a job with root 'overlay', and 'read-only' is asked for")
+    assert (rig.path("c") / "manifest.json").read_bytes() == before
+
+
 def test_of_a_background_job_it_is_in_its_log(rig: Rig) -> None:
     place = rig.path("c")
     job = rig.run.background("sleep 1000", "--checkpoint-dir", place, "--checkpoint-every", "1s")
