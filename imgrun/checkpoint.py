@@ -26,7 +26,7 @@ from imgrun.checkpoints.archive import Archive
 from imgrun.checkpoints.criu_process import first_pid
 from imgrun.checkpoints.digests import Totals, lines
 from imgrun.checkpoints.manifest import DIRECTORY, FORMAT, LIST, MANIFEST, SHIM, checksum, describe_files, said, size_of
-from imgrun.checkpoints.placing import put_in_place
+from imgrun.checkpoints.placing import publish, put_in_place
 from imgrun.checkpoints.refusals import explained, refuse
 from imgrun.checkpoints.subject import How, Subject, building_archive, building_place, kept_log
 from imgrun.checkpoints.writable import WritableImage
@@ -48,9 +48,11 @@ class Saved(NamedTuple):
     warnings: list[str]
 
 
-def save(subject: Subject, target: str, how: How) -> Saved:
+def save(subject: Subject, target: str, how: How, identifier: str, alone: Callable[[dict[str, Any]], None]) -> Saved:
     """Save the job to ``target``, replacing an older checkpoint there once this one is complete.
 
+    ``identifier`` is what its manifest is known by. ``alone`` is called with CRIU's statistics when all is saved and the job
+    is about to be ended: from then on it is in the checkpoint alone, which stays, with or without its name.
     Raises CheckpointError or NoSpace; the job then runs on. Runs in a process of its own beside the supervisor.
     """
     target = target if target == "-" else os.path.abspath(target)
@@ -67,20 +69,21 @@ def save(subject: Subject, target: str, how: How) -> Saved:
         os.mkdir(building, 0o700)
         for name in ("processes", "files", "work"):
             os.mkdir(f"{building}/{name}", 0o700)
-        saving = _Saving(subject, building, target, how)
+        saving = _Saving(subject, building, target, how, identifier, alone)
         saving.run()
         complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
     except (CheckpointError, OSError) as e:
-        alone = saving is not None and saving.alone
-        if (alone and isinstance(e, CheckpointError)) or (error := explained(e, building, target)) is e:
+        if (saving is not None and saving.alone and isinstance(e, CheckpointError)) or (
+            error := explained(e, building, target)
+        ) is e:
             raise
         raise error from e
     finally:
         if not complete:
             with contextlib.suppress(OSError):
                 os.rename(f"{building}/work/{criu.LOG}", kept_log(subject, target))
-        if saving is None or not saving.alone:
+        if saving is None or not saving.alone or how.archive:
             with contextlib.suppress(ImgrunError):  # what is said of the checkpoint matters more
                 remove_tree(building)
 
@@ -88,7 +91,9 @@ def save(subject: Subject, target: str, how: How) -> Saved:
 class _Saving:
     """One checkpoint under way."""
 
-    def __init__(self, subject: Subject, building: str, target: str, how: How) -> None:
+    def __init__(
+        self, subject: Subject, building: str, target: str, how: How, identifier: str, alone: Callable[[dict[str, Any]], None]
+    ) -> None:
         self.subject = subject
         self.building = building
         self.target = target
@@ -102,12 +107,14 @@ class _Saving:
         self._stays = False
         """Whether the files are left where they are until the job has ended."""
         self.alone = False
-        """Whether the job is in what was made alone, which then stays, with or without its name."""
+        """Whether the job is in what was made alone."""
+        self._identifier = identifier
+        self._say_alone = alone
         self._files_seconds = 0.0
         """How long it took to save the job's files while it stood still."""
         self._reaper = 0
         self._descriptors: dict[str, int] = {}
-        self._places = memory_files.places(subject.spec)
+        self._places = captured.memory_places(subject.spec)
         self._image = WritableImage(subject, how) if subject.spec.root == "writable" else None
         # Open from the first: a failure of the disk is told to whoever had something open there before it.
         self._here = os.open(building, DIRECTORY)
@@ -131,11 +138,10 @@ class _Saving:
             self._reaper = next(iter(children_of(subject.init)), 0)
             if not self._reaper:
                 raise JobStateError("the job is ending", "see 'imgrun inspect' for how")
-            criu.TASKS["save"] = lambda: memory_files.save(self._places)
             dump = criu_rpc.Dump(
                 log=f"{self.building}/work/{criu.LOG}", kept=kept_log(subject, self.target),
                 images=f"{self.building}/processes", rounds=self.how.pre_dump, mark=self.mark, warn=self.warnings.append,
-                ahead=self._ahead, prepare=self._prepare,
+                ahead=self._ahead, prepare=self._prepare, inside=lambda: memory_files.save(self._places),
             )  # fmt: skip
             session = dump.run(lambda: self._site(opened), frozen=lambda session: self._frozen(session, ended))
             if not self.how.leave_running:
@@ -187,10 +193,11 @@ class _Saving:
             "format": FORMAT,
             "imgrun": __version__,
             "job": self.subject.id,
+            "id": self._identifier,
             "created_at": now(),
             "spec": spec.to_dict(),
             "hostname": self.subject.hostname,
-            "image": identity.image(spec.image),
+            "image": self._describe_image(),
             "shim": init_shim.PROTOCOL,
             "streams": {str(fd): os.readlink(f"/proc/{reaper}/fd/{fd}") for fd in (0, 1, 2)},
             "input": self.subject.input,
@@ -202,6 +209,12 @@ class _Saving:
             "layers": list(self.layers),
         }
 
+    def _describe_image(self) -> dict[str, Any]:
+        path, held = self.subject.spec.image, self.subject.held_image
+        if not identity.is_at(path, held):
+            self.warnings.append(f"{path} is not the image that the job has: restore it with that one, by --image PATH")
+        return identity.image(path, held)
+
     def _decide_files(self) -> None:
         how = self.how
         if not how.leave_running:
@@ -210,8 +223,11 @@ class _Saving:
         if self._image is not None:
             self._image.require_room(self.building)
 
-    def _frozen(self, session: criu.Session, init: int) -> None:
-        """Everything that must be of the same instant; and, unless the job is to run on, everything that can fail."""
+    def _frozen(self, session: criu.Session, init: int) -> bool:
+        """Everything that must be of the same instant; and, unless the job is to run on, everything that can fail.
+
+        Whether the job was ended.
+        """
         self.mark("processes")
         began = time.monotonic()
         self._settle_scratch()
@@ -220,24 +236,29 @@ class _Saving:
             if self._stays
             else captured.copying(self.subject.scratch, self.layers, f"{self.building}/files")
         ):
-            session.in_job("save")
+            session.in_job()
             self.mark("memory file systems")
             self._save_input()
             self._count()
         self.mark("files")
         self._files_seconds = time.monotonic() - began
-        if not self.how.leave_running:
-            self._note_statistics()
-            if self.how.archive:
-                self._archive(self.subject.scratch if self._stays else f"{self.building}/files")
-            else:
-                if self._image is not None:
-                    self._image.settle(self.manifest)
-                self._prepare_manifest()
-            self._kill(init)
-            if not self.how.archive:
-                self.alone = True
-                self._publish_manifest()
+        if self.how.leave_running:
+            return False
+        self._note_statistics()
+        if self.how.archive:
+            self._archive(self.subject.scratch if self._stays else f"{self.building}/files")
+        else:
+            if self._image is not None:
+                self._image.settle(self.manifest)
+            self._prepare_manifest()
+        if not session.is_alive():
+            raise CheckpointError("CRIU was killed while the job's files were saved", "try again")
+        self._say_alone(self.manifest["statistics"])
+        self.alone = True
+        self._kill(init)
+        if not self.how.archive:
+            publish(self.building)
+        return True
 
     def _note_statistics(self) -> None:
         """To read CRIU's takes a while, for which a job that runs on does not wait."""
@@ -324,7 +345,7 @@ class _Saving:
     def _try(self, step: Callable[[], None], otherwise: str) -> None:
         try:
             step()
-        except (OSError, ImgrunError) as e:
+        except Exception as e:  # noqa: BLE001 - nothing may make it worse
             with contextlib.suppress(OSError):
                 os.unlink(f"{self.building}/{MANIFEST}.new")
             self.warnings.append(f"{otherwise}: {said(e)}")
@@ -367,7 +388,7 @@ class _Saving:
 
     def _write_manifest(self, *, sync: bool = True) -> None:
         self._prepare_manifest(sync=sync)
-        self._publish_manifest()
+        publish(self.building)
         if sync:
             os.fsync(self._here)
 
@@ -390,10 +411,6 @@ class _Saving:
             if sync:
                 os.fsync(f.fileno())
         self.mark("manifest, to the disk")
-
-    def _publish_manifest(self) -> None:
-        """What has a manifest is a checkpoint."""
-        os.rename(f"{self.building}/{MANIFEST}.new", f"{self.building}/{MANIFEST}")
 
 
 def _await_end(pidfd: int) -> None:

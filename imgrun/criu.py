@@ -6,6 +6,7 @@ makes anew from the plan. What is asked of it is imgrun.checkpoints.criu_rpc. So
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -65,7 +66,8 @@ class Session:
     """One CRIU process in a job, and the conversation with it.
 
     ``before`` runs in a process that is about to enter the job's mount namespace, and what it returns in there, before CRIU:
-    to put back what mounts hold. ``meanwhile`` runs in ours, while that is being done and CRIU started.
+    to put back what mounts hold. ``meanwhile`` runs in ours, while that is being done and CRIU started. ``inside`` is what
+    :meth:`in_job` has that process do.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Session:
         *,
         before: Callable[[], Callable[[], None]] | None = None,
         meanwhile: Callable[[], None] | None = None,
+        inside: Callable[[], None] = lambda: None,
     ) -> None:
         self._channel, theirs = Channel.pair()
         self._socket, criu_end = Channel.pair()
@@ -83,7 +86,7 @@ class Session:
         if self._pid == 0:
             self._channel.close()
             self._socket.close()
-            _host(site, theirs, criu_end, before)
+            _host(site, theirs, criu_end, before, inside)
         theirs.close()
         criu_end.close()
         if meanwhile is not None:
@@ -99,9 +102,10 @@ class Session:
             raise HostError(f"CRIU cannot be started in the job: {why}", "run again with --debug for the details")
         self.fetches = bool(received[0]["fetches"])
 
-    def in_job(self, what: str) -> None:
-        """Have the process in the job's mount namespace do one of its tasks, by name. Raises CheckpointError."""
-        self._channel.send({"do": what})
+    def in_job(self) -> None:
+        """Have the process in the job's mount namespace do what it is to do there. Raises CheckpointError."""
+        with contextlib.suppress(OSError):  # it is gone, as receive tells
+            self._channel.send({"do": True})
         received = self._channel.receive()
         if received is None or "error" in received[0]:
             why = received[0]["error"] if received else "it was killed"
@@ -119,7 +123,10 @@ class Session:
         ``beside`` is what is to be done meanwhile when descriptors can be read from.
         """
         fd = self._socket.fileno()
-        os.write(fd, request)
+        try:
+            os.write(fd, request)
+        except (BrokenPipeError, ConnectionResetError):
+            return None
         poll = select.poll()
         for other in (fd, *beside):
             poll.register(other, select.POLLIN)
@@ -142,13 +149,20 @@ class Session:
             try:
                 on_notify(response.script)
             except BaseException:
-                os.write(fd, answer(success=False))
-                os.read(fd, 1 << 20)
+                with contextlib.suppress(OSError):  # what went wrong may be that CRIU is gone
+                    os.write(fd, answer(success=False))
+                    os.read(fd, 1 << 20)
                 raise
             try:
                 os.write(fd, answer(success=True))
             except OSError:
                 return None  # what was done there has ended it
+
+    def is_alive(self) -> bool:
+        """Whether CRIU is there, and with it whatever it holds still."""
+        poll = select.poll()
+        poll.register(self._socket.fileno(), 0)
+        return not poll.poll(0)
 
     def leave(self) -> int:
         """Let CRIU's host process stay for as long as it fetches memory; its pid. It ends with 0 when all is there."""
@@ -172,7 +186,13 @@ class Session:
             self._pid = 0
 
 
-def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], Callable[[], None]] | None) -> NoReturn:
+def _host(
+    site: Site,
+    channel: Channel,
+    criu_end: Channel,
+    before: Callable[[], Callable[[], None]] | None,
+    inside: Callable[[], None],
+) -> NoReturn:
     """Enter the job, attach what CRIU needs, run it, and take everything off again."""
     status = 0
     try:
@@ -186,9 +206,9 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
         os.chdir("/")
-        for mount, place in ((site.toolbox, TOOLBOX), (site.images, IMAGES), (site.work, WORK)):
-            _attach(mount, place)
         try:
+            for mount, place in ((site.toolbox, TOOLBOX), (site.images, IMAGES), (site.work, WORK)):
+                _attach(mount, place)
             if put_back is not None:
                 put_back()
             environment = {**site.environment, **{name: str(fd) for name, fd in site.given.items()}}
@@ -200,11 +220,12 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
             if fetcher is not None and not fetcher.is_ready():
                 fetcher = None
             channel.send({"running": True, "fetches": fetcher is not None})
-            _serve(channel, child, fetcher)
+            _serve(channel, child, fetcher, inside)
             put_last_pid_back(site.last_pid or last)
         finally:
             for place in (TOOLBOX, IMAGES, WORK):
-                _detach(place)
+                with contextlib.suppress(HostError):
+                    _detach(place)
         if fetcher is not None:
             sc.close_others(fetcher.descriptors())
             status = 0 if fetcher.ends_well() else 1
@@ -217,35 +238,49 @@ def _host(site: Site, channel: Channel, criu_end: Channel, before: Callable[[], 
         os._exit(status)
 
 
+def _open_place(place: str) -> int:
+    """/dev is a tmpfs of ours, but the job's root may have changed what is in it."""
+    dev = os.open("/dev", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        within = place.removeprefix("/dev/")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(within, 0o755, dir_fd=dev)
+        resolve = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS
+        return sc.openat2(within, os.O_PATH | os.O_DIRECTORY, dev, resolve=resolve)
+    except OSError as e:
+        raise HostError(f"{place} in the job is no directory of imgrun's: {e.strerror}", "have the job remove it") from e
+    finally:
+        os.close(dev)
+
+
 def _detach(place: str) -> None:
+    """Take off what is mounted there, by descriptor: a link of the job's would lead to another mount."""
     while True:
+        target = _open_place(place)
+        os.fchdir(target)
+        os.close(target)
         try:
-            sc.umount(place, sc.MNT_DETACH)
+            sc.umount(".", sc.MNT_DETACH)
         except OSError:
             return  # nothing is mounted there any more
+        finally:
+            os.chdir("/")
 
 
 def _attach(mount: int, place: str) -> None:
-    # /dev is a tmpfs of ours, but the job's root may have changed what is in it.
-    dev = os.open("/dev", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    within = place.removeprefix("/dev/")
-    try:
-        os.mkdir(within, 0o755, dir_fd=dev)
-    except FileExistsError:
-        pass
     _detach(place)  # what is left of one that was killed
-    target = sc.openat2(within, os.O_PATH | os.O_DIRECTORY, dev, resolve=sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS)
+    target = _open_place(place)
     sc.move_mount(mount, "", target)
     os.close(target)
-    os.close(dev)
+    # The job may have renamed the directory in between; it cannot any more.
+    found = _open_place(place)
+    if not os.path.samestat(os.fstat(found), os.fstat(mount)):
+        raise HostError(f"the job has moved {place}", "try again")
+    os.close(found)
 
 
-TASKS: dict[str, Callable[[], None]] = {}
-"""What can be asked of the process in the job's mount namespace; imgrun.checkpoint fills it before a session is made."""
-
-
-def _serve(channel: Channel, child: int, fetcher: Fetcher | None) -> None:
-    """Do what is asked in the job's mount namespace, until whoever asks is done."""
+def _serve(channel: Channel, child: int, fetcher: Fetcher | None, inside: Callable[[], None]) -> None:
+    """Do what is to be done in the job's mount namespace, each time it is asked for, until whoever asks is done."""
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
     news = () if fetcher is None else fetcher.descriptors()
@@ -264,7 +299,7 @@ def _serve(channel: Channel, child: int, fetcher: Fetcher | None) -> None:
         if received is None:
             break
         try:
-            TASKS[received[0]["do"]]()
+            inside()
             channel.send({"done": True})
         except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
             channel.send({"error": f"{type(e).__name__}: {e}"})

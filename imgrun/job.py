@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal as signals
 import time
@@ -9,7 +10,7 @@ from typing import Any, Literal
 
 from imgrun import errors
 from imgrun.channel import connect
-from imgrun.errors import ImgrunError, JobStateError, SpecError
+from imgrun.errors import ImgrunError, JobStateError, NoSpace, SpecError
 from imgrun.result import Result, Usage
 from imgrun.spec import JobSpec, check_text
 from imgrun.state import JobDir, StateRoot, claim, now, process_start
@@ -373,7 +374,7 @@ def _collect_one(job: JobDir) -> None:
 
     live = job.read("state.json")
     _end_init(live)
-    frozen_to = _settle_checkpoint(job, live)
+    hint = _settle_checkpoint(job, live)
     remove_leftovers([path for path in live.get("cgroups", []) if isinstance(path, str)])
     remove_tree(f"{job.path}/scratch")  # first: on a full disk the record needs the room
     keep = bool(job.read("job.json").get("keep"))
@@ -382,8 +383,7 @@ def _collect_one(job: JobDir) -> None:
         lost = Result(
             id=job.id, name=job.name, image=str(spec.get("image")), command=tuple(spec.get("command", ())),
             reason="lost", exit_code=None, signal=None, message="the job's supervisor was killed, and the job with it",
-            hint=f"'imgrun restore {frozen_to}' continues it" if frozen_to else "start it again",
-            started_at=live.get("started_at"), finished_at=now(),
+            hint=hint, started_at=live.get("started_at"), finished_at=now(),
             hostname=live.get("hostname"), usage=Usage(),
         )  # fmt: skip
         job.write("result.json", lost.to_dict())
@@ -391,23 +391,28 @@ def _collect_one(job: JobDir) -> None:
     finish(job, keep=keep)
 
 
-def _settle_checkpoint(job: JobDir, live: dict[str, Any]) -> str | None:
-    """Put what was complete of the job's last checkpoint in its place, and remove what was not. Returns where one is."""
+def _settle_checkpoint(job: JobDir, live: dict[str, Any]) -> str:
+    """Put the job's last checkpoint in its place if it was complete, else remove it. Returns what the user can do now."""
     building = [path for path in live.get("building", ()) if isinstance(path, str) and path.endswith(f".{job.id}.new")]
+    hint = "start it again"
     if not building:
-        return None
+        return hint
     from imgrun.apart import apart
-    from imgrun.checkpoints import manifest
     from imgrun.checkpoints.placing import adopt
 
-    target = live.get("making")
-    if isinstance(target, str):
-        apart(lambda: adopt(building[0], target, f"{job.path}/scratch"))
+    if isinstance(making := live.get("making"), dict):
+        target, identifier = str(making["target"]), str(making["id"])
+        try:
+            if apart(lambda: adopt(building[0], target, f"{job.path}/scratch", identifier)):
+                hint = f"'imgrun restore {target}' continues it"
+        except NoSpace:
+            raise  # the next command tries again
+        except ImgrunError as e:
+            return e.message
     for path in building:
-        remove_tree(path)
-    if isinstance(target, str) and manifest.exists(target) and manifest.load(target).manifest["job"] == job.id:
-        return target
-    return None
+        with contextlib.suppress(ImgrunError):
+            remove_tree(path)
+    return hint
 
 
 def _end_init(live: dict[str, Any]) -> None:

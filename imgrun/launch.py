@@ -64,10 +64,12 @@ class Launch:
         self.init_stop_signal: int | None = None
         self.plan: Plan | None = None
         self._undo: list[Callable[[], None]] = []
+        self._restored = False
         self._last = time.perf_counter()
         self._cgroup: JobCgroup | None = None
         self._ids: IdMap | None = None
         self._fds: dict[str, int] = {}
+        self._image = -1
         self._filter: security.SeccompFilter | None = None
 
     @property
@@ -94,9 +96,11 @@ class Launch:
         if self.checkpoint is not None:
             from imgrun.checkpoints.continuing import put_image
 
-            put_image(self.checkpoint)
+            take_away = put_image(self.checkpoint)
+            self._undo.append(lambda: None if self._restored else take_away())
         image = open_image(spec.image, spec.root, spec.partition, serve_in=self.job.path if self.rootless else None)
         self._undo.append(image.close)
+        self._image = image.lock_fd
         self.warnings += image.warnings
         self.mark("image: probe, lock, loop device")
         self._fds["image"] = image.mount()
@@ -381,7 +385,7 @@ class Launch:
             id=self.job.id, spec=self.spec, hostname=self.hostname, init=self.pid, scratch=self.scratch.path,
             userns=self._ids is not None, rootless=self.rootless, input=position(stdin), unsent=unsent,
             usage=lambda: self.meter.so_far(time.monotonic() - began).to_dict(), shim=self._shim,
-            fetching=self._fetching.pid if self._fetching else None,
+            fetching=self._fetching.pid if self._fetching else None, image=self._image,
         )  # fmt: skip
 
     def continue_from(self, stdio: tuple[int, ...]) -> None:
@@ -400,6 +404,7 @@ class Launch:
         finally:
             for fd in join:
                 os.close(fd)
+        self._restored = True
         if self._fetching is not None:
             # Without it, the job waits for ever for what it has not touched yet.
             self.servers.append(self._fetching)

@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LIMIT_KEYS = ("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io_weight", "io_max", "time_limit", "rlimits")
 SHORTEST_SAMPLE = 0.1
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-RESERVED_TARGETS = ("/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/mqueue", "/dev/imgrun")
+RESERVED_TARGETS = ("/", "/proc", "/sys", "/dev", "/dev/pts", "/dev/mqueue")
 
 
 class Mount(NamedTuple):
@@ -290,7 +290,7 @@ def _checked_mounts(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
         if not target.startswith("/") or ".." in target.split("/"):
             raise SpecError(f"mount target {target!r} is not an absolute path", "give the path inside the image, from /")
         target = os.path.normpath(f"/{target.lstrip('/')}")
-        if target in RESERVED_TARGETS or target.startswith(("/proc/", "/sys/", "/dev/imgrun/", "/dev/pts/")):
+        if target in RESERVED_TARGETS or target.startswith(("/proc/", "/sys/", "/dev/imgrun", "/dev/pts/")):
             raise SpecError(f"mount target {target!r} is imgrun's own", "choose another target")
         if any(target == other.dst for other in checked):
             raise SpecError(f"two mounts have the target {target!r}", "remove one")

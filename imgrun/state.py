@@ -7,6 +7,7 @@ ROOT/live/ID         locked (flock) by the job's supervisor for its life: locked
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -86,12 +87,12 @@ class JobDir:
         temporary = f"{self.path}/.{name}.{os.getpid()}"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                os.write(fd, json.dumps(record).encode() + b"\n")
-            finally:
-                os.close(fd)
+            with open(fd, "wb") as f:
+                f.write(json.dumps(record).encode() + b"\n")
             os.rename(temporary, f"{self.path}/{name}")
         except OSError as e:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise state_error(e, self.path) from e
 
     def read(self, name: str) -> dict[str, Any]:

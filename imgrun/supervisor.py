@@ -259,18 +259,18 @@ class Supervisor:
         launch = self.launch
         ended = os.pidfd_open(launch.pid)
         self._later(lambda: os.close(ended))
-        memory = launch.meter.memory.source() if launch.meter.memory else None
         servers = {os.pidfd_open(helper.pid): helper for helper in launch.servers}
         for pidfd in servers:
             self._later(partial(os.close, pidfd))
         self.running = True
         while self.running or self.streams.relay.outputs_open() or self._freezer.under_way:
             poll = select.poll()
+            memory = launch.meter.memory.source() if launch.meter.memory else None
             waiting = self.streams.relay.register(poll, inputs=self._freezer.under_way is None)
             handlers = {fd: pump.move for fd, pump in waiting.items()}
             watched: list[tuple[int, Callable[[], None]]] = [(self._wake, self._forward_signals)]
             if self._freezer.under_way is not None:
-                watched.append((self._freezer.under_way.fileno(), self._freezer.finish))
+                watched.append((self._freezer.under_way.fileno(), self._freezer.hear))
             if self.running:
                 watched.append((ended, self._reap))
                 watched += self._control.handlers()
@@ -459,7 +459,10 @@ class Supervisor:
         if self.spec.init == "shim" and not isinstance(last, Exited | Signaled):
             end = end._replace(reported=False)
         decided = self._reason if self._freezer.frozen_to is None else "checkpointed"
-        return self._ending().ended(decided, end, usage, self._freezer.frozen_to, self._sent)
+        result = self._ending().ended(decided, end, usage, self._freezer.frozen_to, self._sent)
+        if (error := self._freezer.unplaced) is not None:
+            result.reason, result.message, result.hint = "lost", error.message, error.hint
+        return result
 
     def _ending(self) -> Ending:
         return Ending(self.job, self.spec, self._launch, self._started_at)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from imgrun.isolation.cgroups.orphans import remove_orphans
@@ -19,8 +19,10 @@ PATIENCE = 60.0
 class Leaks:
     """Looks for what is left. ``base`` is the directory below which images and state directories lie."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, owners: Collection[int] = (0,)) -> None:
+        """``owners`` are the users whose cgroups the jobs of this session have theirs in."""
         self.base = str(base)
+        self._owners = owners
         # In a mount table paths are relative to their file system, which may be mounted anywhere above the base.
         self.mark = f"/{base.parent.name}/{base.name}/"
         remove_orphans()  # of sessions that were killed
@@ -72,8 +74,8 @@ class Leaks:
 
     def _cgroups(self) -> Iterator[str]:
         for path in cgroups():
-            # Those of other sessions come and go with processes in them.
-            if not has_foreign_processes(path, self):
+            # Those of other sessions come and go with processes in them; in another user's cgroups also without, for a while.
+            if owner(os.path.dirname(path)) in self._owners and not has_foreign_processes(path, self):
                 yield path
 
 
@@ -98,6 +100,14 @@ def cgroups() -> Iterator[str]:
 def has_foreign_processes(cgroup: str, leaks: Leaks) -> bool:
     pids = [int(pid) for pid in read(Path(cgroup) / "cgroup.procs").split()]
     return bool(pids) and not any(leaks.owns(pid) for pid in pids)
+
+
+def owner(path: str) -> int:
+    """The user whose it is; -1 when it has gone."""
+    try:
+        return os.stat(path).st_uid
+    except OSError:
+        return -1
 
 
 def read(path: Path) -> str:

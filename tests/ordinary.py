@@ -185,18 +185,8 @@ class UserLeaks(Leaks):
     """What the users' jobs left behind: also any process of theirs at all."""
 
     def __init__(self, base: Path, users: Users) -> None:
-        super().__init__(base)
+        super().__init__(base, (users.ranged.uid, users.single.uid))
         self._users = users
-
-    def _cgroups(self) -> Iterator[str]:
-        # Those of root's come and go with the jobs of other sessions.
-        for path in super()._cgroups():
-            try:
-                owner = os.stat(path.split()[-1]).st_uid
-            except FileNotFoundError:
-                continue
-            if owner in (self._users.ranged.uid, self._users.single.uid):
-                yield path
 
     def left(self) -> list[str]:
         processes = [

@@ -8,10 +8,11 @@ lot at once may still reach the limit and be killed.
 
 from __future__ import annotations
 
+import contextlib
 import select
 from typing import TYPE_CHECKING
 
-from imgrun.errors import HostError, LimitError
+from imgrun.errors import HostError, ImgrunError, LimitError
 from imgrun.state import JobDir
 
 if TYPE_CHECKING:
@@ -99,4 +100,5 @@ class Hold:
             pass  # frozen from above too, or gone: not by us
 
     def _note(self, state: str, reason: str | None) -> None:
-        self._job.write("state.json", self._job.read("state.json") | {"state": state, "hold_reason": reason})
+        with contextlib.suppress(ImgrunError):  # a full disk of the state's is no reason to end the job
+            self._job.write("state.json", self._job.read("state.json") | {"state": state, "hold_reason": reason})

@@ -56,8 +56,8 @@ class KernelLog:
             elif line.startswith("Tasks in "):
                 # All lines up to the next kill are of this cgroup's processes; the first names the chosen one again.
                 ours = self._is_ours(line.removeprefix("Tasks in ").partition(" are going to be killed ")[0])
-            elif "Killed process " in line and (ours or _uid(line) in self._ids):
-                # The lines before it are left out when there were many.
+            elif "Killed process " in line and (_uid(line) in self._ids if self._ids else ours):
+                # The lines before it are left out when there were many: by them alone, another's would be taken for ours.
                 process = _victim(line)
                 known = killed.get(process.host_pid, process)
                 if process.name not in (NAME, REAPER_NAME):
@@ -74,8 +74,13 @@ class KernelLog:
 
 
 def own_ids(init: int) -> range:
-    """The host's user ids of a job's user namespace, when that is not everybody's (user_namespaces(7), uid_map)."""
+    """The host's user ids of a job's user namespace, when nobody else has them (user_namespaces(7), uid_map).
+
+    Empty for the namespace that we are in ourselves, as an ordinary user's supervisor is: all its processes have those ids.
+    """
     try:
+        if os.path.samefile(f"/proc/{init}/ns/user", "/proc/self/ns/user"):
+            return range(0)
         with open(f"/proc/{init}/uid_map", "rb") as f:
             _, outside, count = map(int, f.readline().split())
     except (OSError, ValueError):

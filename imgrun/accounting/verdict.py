@@ -39,7 +39,7 @@ class MemoryWatch:
     def __init__(self, cgroup: JobCgroup, init: int) -> None:
         """``init`` is the host's pid of the job's PID 1, whose user namespace has its map by now."""
         self._cgroup = cgroup
-        self._levels = cgroup.memory.levels()
+        cgroup.memory.levels()  # from now on
         self._log = KernelLog(os.path.basename(cgroup.paths[0]), own_ids(init)) if cgroup.paths else None
         self._looked_at = float("-inf")
         self._began: float | None = None
@@ -61,8 +61,8 @@ class MemoryWatch:
             self.look()
             self._looked_at = time.monotonic()
         self._cgroup.memory.acknowledge()
-        if self._levels is not None:
-            self._levels.note_event()
+        if (levels := self._cgroup.memory.levels()) is not None:
+            levels.note_event()
         self._began, self._pause = moment, WAIT_FIRST
         self.due = moment
 
@@ -90,11 +90,16 @@ class MemoryWatch:
         """
         if not self._cgroup.memory.kills():
             return False
-        return self._levels is None or self._levels.culprit().whose != "inside"
+        return self._culprit().whose != "inside"
 
     def at_own_limit(self) -> bool:
         """Whether the last event was of the job's own limit."""
-        return self._levels is not None and self._levels.at_own_limit()
+        levels = self._cgroup.memory.levels()
+        return levels is not None and levels.at_own_limit()
+
+    def _culprit(self) -> Culprit:
+        levels = self._cgroup.memory.levels()
+        return levels.culprit() if levels is not None else Culprit("host")
 
     def held_verdict(self, limit: int | None, peak: int | None, job_id: str) -> Verdict:
         """What to tell of a job that is held at its limit."""
@@ -104,7 +109,7 @@ class MemoryWatch:
 
     def verdict(self, limit: int | None, peak: int | None) -> Verdict:
         """What to tell of the kill. ``limit`` is the job's own as asked for; sizes in bytes."""
-        culprit = self._levels.culprit() if self._levels is not None else Culprit("host")
+        culprit = self._culprit()
         told = self._log.read() if self._log is not None else Told()
         if culprit.whose == "host" and told.limit_of is not None:
             culprit = Culprit("above")
@@ -159,8 +164,6 @@ class MemoryWatch:
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
-        if self._levels is not None:
-            self._levels.close()
 
 
 def _advice(culprit: Culprit, limit: int | None, peak: int | None) -> str:

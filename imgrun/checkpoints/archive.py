@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from imgrun.checkpoints.digests import Entry, open_inside, walk
@@ -29,6 +30,7 @@ COPY = 1 << 20
 SLACK = 8 << 20
 """Bytes for what else an image may become when it is completed, and to say what is in it."""
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+XATTR = "SCHILY.xattr."
 LEVEL = "-1"
 """Of zstd: memory is written about as fast as a good disk takes it; higher ones save little of it."""
 
@@ -70,7 +72,7 @@ def write(
 ) -> None:
     """Write the checkpoint in ``directory``, whose ``files/`` are the ``layers`` below the descriptor ``files``.
 
-    ``image`` is the real path of the image that belongs to it; ``more`` how many bytes of one will be added later.
+    ``image`` is a path to the image that belongs to it; ``more`` how many bytes of one will be added later.
 
     The file gets its name when all of it is on the disk. Raises OSError, CheckpointError.
     """
@@ -103,7 +105,7 @@ def write(
 
 
 def add_image(path: str, compress: bool, image: str, description: dict[str, Any]) -> None:
-    """Add the image with this real path to an archive that was written without its end. Raises OSError, CheckpointError.
+    """Add the image that this path leads to to an archive that was written without its end. Raises OSError, CheckpointError.
 
     The archive is what it was when that fails.
     """
@@ -111,7 +113,7 @@ def add_image(path: str, compress: bool, image: str, description: dict[str, Any]
     end = os.fstat(fd).st_size
     try:
         with _Compressor(fd) if compress else contextlib.nullcontext() as compressor:
-            writer = _Writer(fd if compressor is None else compressor.sink)
+            writer = Writer(fd if compressor is None else compressor.sink)
             _add_image(writer, image)
             writer.add_text(IMAGE_RECORD, json.dumps(description).encode())
             writer.end()
@@ -164,7 +166,7 @@ class _Compressor:
 
 
 def _write(sink: int, directory: str, files: int, layers: tuple[str, ...], image: str | None, *, end: bool) -> None:
-    writer = _Writer(sink)
+    writer = Writer(sink)
     top = os.open(directory, DIRECTORY)
     try:
         names = [MANIFEST, *list_files(top)]
@@ -187,16 +189,15 @@ def _write(sink: int, directory: str, files: int, layers: tuple[str, ...], image
         writer.end()
 
 
-def _add_image(writer: _Writer, path: str) -> None:
-    above = os.open(os.path.dirname(path), DIRECTORY)
+def _add_image(writer: Writer, path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        for entry in walk(above, [os.path.basename(path)]):
-            writer.add(entry, IMAGE)
+        writer.add_file(fd, IMAGE)
     finally:
-        os.close(above)
+        os.close(fd)
 
 
-class _Writer:
+class Writer:
     """Members of a tar archive, to a descriptor that may be a pipe."""
 
     def __init__(self, sink: int) -> None:
@@ -217,10 +218,7 @@ class _Writer:
 
     def add(self, entry: Entry, name: str) -> None:
         status = entry.status
-        info = tarfile.TarInfo(name)
-        info.mode = stat.S_IMODE(status.st_mode)
-        info.uid, info.gid = status.st_uid, status.st_gid
-        info.mtime = status.st_mtime
+        info = _info(name, status)
         kind = stat.S_IFMT(status.st_mode)
         if kind == stat.S_IFSOCK:
             return  # nobody can connect to it any more, as tar(1) does
@@ -231,7 +229,11 @@ class _Writer:
                 self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
                 return
         if kind == stat.S_IFREG:
-            self._add_file(entry, info)
+            fd = open_inside(entry.parent, entry.name)
+            try:
+                self.add_file(fd, name)
+            finally:
+                os.close(fd)
             return
         if kind == stat.S_IFLNK:
             info.type, info.linkname = tarfile.SYMTYPE, entry.target()
@@ -248,32 +250,28 @@ class _Writer:
             info.type = tarfile.CHRTYPE  # 0:0, with which an overlay says that a name is gone
         self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
 
-    def _add_file(self, entry: Entry, info: tarfile.TarInfo) -> None:
-        fd = open_inside(entry.parent, entry.name)
-        try:
-            status = os.fstat(fd)
-            size = status.st_size
-            headers = _attributes(fd)
-            ranges = [(0, size)]
-            table = b""
-            if status.st_blocks * 512 < size:
-                ranges = _data(fd, size)
-                rows = (len(ranges), *(number for pair in ranges for number in pair))
-                table = "".join(f"{number}\n" for number in rows).encode()
-                table += bytes(-len(table) % BLOCK)
-                headers |= {
-                    "GNU.sparse.major": "1", "GNU.sparse.minor": "0",
-                    "GNU.sparse.name": info.name, "GNU.sparse.realsize": str(size),
-                }  # fmt: skip
-            info.size = len(table) + sum(length for _, length in ranges)
-            info.pax_headers = headers
-            self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
-            self._put(table)
-            for start, length in ranges:
-                self._copy(fd, start, length, info.name)
-            self._put(bytes(-info.size % BLOCK))
-        finally:
-            os.close(fd)
+    def add_file(self, fd: int, name: str) -> None:
+        status = os.fstat(fd)
+        info = _info(name, status)
+        headers = _attributes(fd)
+        ranges = [(0, status.st_size)]
+        table = b""
+        if status.st_blocks * 512 < status.st_size:
+            ranges = _data(fd, status.st_size)
+            rows = (len(ranges), *(number for pair in ranges for number in pair))
+            table = "".join(f"{number}\n" for number in rows).encode()
+            table += bytes(-len(table) % BLOCK)
+            headers |= {
+                "GNU.sparse.major": "1", "GNU.sparse.minor": "0",
+                "GNU.sparse.name": name, "GNU.sparse.realsize": str(status.st_size),
+            }  # fmt: skip
+        info.size = len(table) + sum(length for _, length in ranges)
+        info.pax_headers = headers
+        self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+        self._put(table)
+        for start, length in ranges:
+            self._copy(fd, start, length, name)
+        self._put(bytes(-info.size % BLOCK))
 
     def _copy(self, fd: int, start: int, length: int, name: str) -> None:
         end = start + length
@@ -302,6 +300,14 @@ class _Writer:
         self._put(bytes(2 * BLOCK))
 
 
+def _info(name: str, status: os.stat_result) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.mode = stat.S_IMODE(status.st_mode)
+    info.uid, info.gid = status.st_uid, status.st_gid
+    info.mtime = status.st_mtime
+    return info
+
+
 def _attributes(fd: int) -> dict[str, str]:
     """Extended attributes, as tar(1) names them."""
     try:
@@ -309,7 +315,14 @@ def _attributes(fd: int) -> dict[str, str]:
     except OSError:
         return {}
     names = [name for name in names if name != "security.selinux"]  # a host's own
-    return {f"SCHILY.xattr.{name}": os.fsdecode(os.getxattr(fd, name)) for name in names}
+    return {f"{XATTR}{name}": os.fsdecode(os.getxattr(fd, name)) for name in names}
+
+
+def attributes_of(member: tarfile.TarInfo) -> Iterator[tuple[str, bytes]]:
+    """The extended attributes of what was archived."""
+    for key, value in member.pax_headers.items():
+        if key.startswith(XATTR):
+            yield key.removeprefix(XATTR), os.fsencode(value)
 
 
 def _data(fd: int, size: int) -> list[tuple[int, int]]:

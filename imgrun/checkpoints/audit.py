@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from imgrun.checkpoints.criu_process import first_pid
 from imgrun.checkpoints.criu_rpc import GHOST_LIMIT
 from imgrun.checkpoints.preflight import Finding, Level
+from imgrun.errors import JobStateError
 from imgrun.isolation.processes import children_of, members
 from imgrun.job import Job
 
@@ -31,7 +32,13 @@ Trouble = tuple[Level, str, str, str]
 
 def audit(job: Job) -> list[Finding]:
     """What stands in the way of freezing the job. Raises JobStateError when it does not run."""
-    init = job.init_pid()
+    try:
+        return _audit(job, job.init_pid())
+    except (FileNotFoundError, ProcessLookupError) as e:
+        raise JobStateError(f"job {job.id} is ending", "see 'imgrun inspect' for how") from e
+
+
+def _audit(job: Job, init: int) -> list[Finding]:
     spec = job.spec
     found: list[Finding] = []
     if spec.init != "shim":

@@ -13,9 +13,15 @@ from imgrun import syscalls as sc
 from imgrun.errors import CheckpointError, NoSpace
 from imgrun.isolation.sources import id_map
 from imgrun.relay import bytes_waiting
+from imgrun.spec import JobSpec
 
 SECONDS = 10
 LAYERS = ("upper", "tmp", "var-tmp")
+
+
+def memory_places(spec: JobSpec) -> list[str]:
+    """The memory file systems that the job could write to."""
+    return ["/dev/shm", *(mount.dst for mount in spec.mounts if mount.type == "tmpfs")]
 
 
 def waiting_input(fd_path: str) -> bytes:

@@ -21,7 +21,7 @@ from imgrun.checkpoints.preflight import cannot_continue
 from imgrun.errors import CheckpointError, RestoreError
 from imgrun.helper import Helper
 from imgrun.isolation import namespaces
-from imgrun.storage.scratch import Scratch
+from imgrun.storage.scratch import FILE, Scratch
 from imgrun.storage.trees import remove_tree
 
 TAIL = 64 << 10
@@ -33,7 +33,7 @@ def put_files_back(checkpoint: Checkpoint, scratch: Scratch) -> None:
     source = f"{checkpoint.path}/files"
     copied = []
     for name in checkpoint.manifest["layers"]:
-        if name != "scratch.img":
+        if name != FILE:
             remove_tree(f"{scratch.path}/{name}")
         if checkpoint.archive is None or not _moved(f"{source}/{name}", f"{scratch.path}/{name}"):
             copied.append(name)
@@ -62,11 +62,14 @@ def _as_restore_error() -> Iterator[None]:
         raise RestoreError(e.message, e.hint) from e
 
 
-def put_image(checkpoint: Checkpoint) -> None:
-    """Put the captured image where it is to be used, if it is to be. Raises RestoreError when something is there."""
+def put_image(checkpoint: Checkpoint) -> Callable[[], None]:
+    """Put the captured image where it is to be used, if it is to be. Raises RestoreError when something is there.
+
+    Returns what takes it away again.
+    """
     target = checkpoint.image_target
     if target is None:
-        return
+        return lambda: None
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
     except OSError as e:
@@ -79,6 +82,7 @@ def put_image(checkpoint: Checkpoint) -> None:
     except BaseException:
         os.unlink(target)
         raise
+    return lambda: os.unlink(target)
 
 
 def shim_for(checkpoint: Checkpoint, directory: str) -> str:

@@ -18,10 +18,12 @@ from imgrun.isolation.mounts import NO_ACCESS_TO_DEVICES, new_filesystem
 
 BELOW_LAST_PID = 4000
 """How far below the largest pid CRIU and its children get theirs: hardly ever where those are that it restores."""
-TOOLBOX = "/dev/imgrun/criu"
-IMAGES = "/dev/imgrun/checkpoint"
-WORK = "/dev/imgrun/work"
-"""Where they are attached in the job, for as long as CRIU runs."""
+TOOLBOX = "/dev/imgrun-criu"
+IMAGES = "/dev/imgrun-checkpoint"
+WORK = "/dev/imgrun-work"
+"""Where they are attached in the job, for as long as CRIU runs. Directly in /dev, for what holds a mount cannot be renamed: a
+directory between could be, by the job, whose own program would then be run in CRIU's place.
+"""
 FETCH_LOG = "lazy.log"
 
 

@@ -84,15 +84,16 @@ class Dump(NamedTuple):
     """Is begun when CRIU runs."""
     prepare: Callable[[], None]
     """Is called while CRIU is being started."""
+    inside: Callable[[], None]
+    """Is what the session does in the job's mount namespace."""
 
-    def run(self, site: Callable[[], Site], *, frozen: Callable[[Session], None]) -> Session:
+    def run(self, site: Callable[[], Site], *, frozen: Callable[[Session], bool]) -> Session:
         """Save the tree at a ``site``, made for each try: what passes in a moment is waited for.
 
-        ``frozen`` is called while every process of it stands still, with its memory saved.
-
-        When ``frozen`` returns, the tree runs on, unless ``frozen`` has killed it, CRIU included: its images are complete
-        by then. When ``frozen`` raises, the tree runs on. Returns the session, which is ending and has to be closed. Raises
-        CheckpointError; the job then runs on as if nothing had been.
+        ``frozen`` is called while every process of it stands still, with its memory saved. When it returns, the tree runs
+        on, unless it says that it has killed it, CRIU included: the images are complete by then. When it raises, the tree
+        runs on. Returns the session, which is ending and has to be closed. Raises CheckpointError; the job then runs on as
+        if nothing had been.
         """
         for _ in range(TRIES):
             try:
@@ -104,25 +105,25 @@ class Dump(NamedTuple):
                 time.sleep(PAUSE)
         return self._try(site(), frozen)
 
-    def _try(self, site: Site, frozen: Callable[[Session], None]) -> Session:
-        session = Session(site, meanwhile=self._meanwhile)
-        self.ahead.start()  # not before: a process with threads cannot be forked
-        self.mark("start of CRIU")
-        complete = False
+    def _try(self, site: Site, frozen: Callable[[Session], bool]) -> Session:
+        session = Session(site, meanwhile=self._meanwhile, inside=self.inside)
+        ended = False
         try:
+            self.ahead.start()  # not before: a process with threads cannot be forked
+            self.mark("start of CRIU")
             parent = self._pre_dump(session, site) if self.rounds else None
             asked = options(site, self.log) | {"pid": REAPER, "leave_running": True}
             if parent is not None:
                 asked |= {"track_mem": True, "parent_img": parent}
 
             def on_notify(script: str) -> None:
-                nonlocal complete
+                nonlocal ended
                 if script == "post-dump":
-                    frozen(session)
-                    complete = True
+                    ended = frozen(session)
 
             response = session.run(messages.request(messages.DUMP, asked), on_notify)
-            if not complete:
+            # If CRIU is gone, the tree may have run on while the rest was saved.
+            if not ended and (response is None or not response.success):
                 raise self._failure(response, self.log)
         except BaseException:
             session.close()

@@ -3,10 +3,10 @@
 A hash is there to find damage, and is XXH3 of 128 bits, about as fast as memory is read. Against malice no hash would help
 that lies beside what it is of; there, who owns the checkpoint decides (imgrun.checkpoints.manifest).
 
-A file's hash is that of the hashes of its pieces of 2 MiB, so that one large file occupies all processors, and a hole of any
-size costs nothing. Of the list each line is a JSON array, in a fixed order, so that two lists of one tree are the same text:
+A file's hash is that of the hashes of its pieces of 2 MiB, so that one large file occupies all processors, and holes are
+not read. Of the list each line is a JSON array, in a fixed order, so that two lists of one tree are the same text:
 
-    ["upper/etc/motd", mode, uid, gid, size, hash or null]      a file; null where the path is too long to be opened again
+    ["upper/etc/motd", mode, uid, gid, size, hash or null]      a file; null where that, or the path, is too large
     ["upper/etc/mtab", mode, uid, gid, 0, target]               a symbolic link
     ["upper/etc", mode, uid, gid, 0, null]                      all else; of a device, the size is its number
 """
@@ -19,7 +19,6 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 import xxhash
@@ -29,8 +28,14 @@ from imgrun.errors import CheckpointError
 
 PIECE = 2 << 20
 """Bytes. A lazy restore reads and hashes so much before it gives a process the first page that it touches."""
+DIGEST = 16
+"""Bytes."""
 BATCH = 512
-"""Files that are hashed before their lines are given out."""
+"""Files that are hashed before their lines are given out; fewer, when they come to LARGEST bytes."""
+LARGEST = 1 << 40
+"""Bytes of a file that is hashed: of a larger one, the holes alone would take long."""
+THREADS = 15
+"""The most beside our own: memory is not read faster with more."""
 DEEPEST = 200
 LONGEST = 4000
 FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
@@ -39,14 +44,20 @@ INSIDE = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS | sc.RESOLVE_NO_XDEV
 
 
 Parts = dict[tuple[str, int], bytes]
-"""Digests of pieces, by the file's path and where in it they begin."""
+"""Digests of pieces, by the file's path and where in it they begin. Of what is all hole there need be none."""
+Opener = Callable[[str], int]
 
 
 class Digest(NamedTuple):
     size: int
     xxh128: str
-    pieces: list[str]
-    """The hashes of the pieces, of which the other is made."""
+    joined: bytes
+    """The digests of its pieces, one after the other, of which the other is made."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """The hashes of its pieces."""
+        return [self.joined[i : i + DIGEST].hex() for i in range(0, len(self.joined), DIGEST)]
 
 
 def digests(directory: int, names: Iterable[str], known: Parts | None = None, *, leave: int = 0) -> dict[str, Digest]:
@@ -55,21 +66,27 @@ def digests(directory: int, names: Iterable[str], known: Parts | None = None, *,
     The digests of pieces that are ``known`` already are not made again. ``leave`` is the number of processors to be left to
     others. Raises OSError, and ValueError for what is no file.
     """
-    sizes = {name: _size(directory, name) for name in names}
-    parts = dict(known or {})
-    pieces = [
-        (name, start) for name, size in sizes.items() for start in range(0, max(size, 1), PIECE) if (name, start) not in parts
-    ]
-    failures: list[Exception] = []
-    todo = iter(pieces)
-    lock = threading.Lock()
+    return _digests(lambda name: open_inside(directory, name), names, dict(known or {}), leave)
+
+
+def digest_of(path: str) -> Digest:
+    """The same of one file, that any path leads to."""
+    return _digests(lambda name: os.open(name, FILE | os.O_CLOEXEC), [path], {}, 0)[path]
+
+
+def _digests(opener: Opener, names: Iterable[str], parts: Parts, leave: int) -> dict[str, Digest]:
+    status = {name: _status(opener, name) for name in names}
+    sizes = {name: found.st_size for name, found in status.items()}
     # A thread is worth its while for some megabytes.
-    amount = sum(min(PIECE, sizes[name] - start) for name, start in pieces)
-    busy = min(amount >> 22, len(os.sched_getaffinity(0)) - 1 - leave)
-    threads = [threading.Thread(target=_work, args=(directory, todo, lock, parts, failures)) for _ in range(busy)]
+    amount = sum(min(found.st_size, found.st_blocks * 512) for found in status.values()) - len(parts) * PIECE
+    busy = min(max(amount, 0) >> 22, len(os.sched_getaffinity(0)) - 1 - leave, THREADS)
+    todo = _pieces(opener, sizes, parts)
+    failures: list[Exception] = []
+    lock = threading.Lock()
+    threads = [threading.Thread(target=_work, args=(opener, todo, lock, parts, failures)) for _ in range(busy)]
     for thread in threads:
         thread.start()
-    _work(directory, todo, lock, parts, failures)
+    _work(opener, todo, lock, parts, failures)
     for thread in threads:
         thread.join()
     if failures:
@@ -86,21 +103,41 @@ def open_inside(directory: int, name: str) -> int:
     return fd
 
 
-def _size(directory: int, name: str) -> int:
-    fd = open_inside(directory, name)
+def _status(opener: Opener, name: str) -> os.stat_result:
+    fd = opener(name)
     try:
-        return os.fstat(fd).st_size
+        return os.fstat(fd)
     finally:
         os.close(fd)
 
 
+def _pieces(opener: Opener, sizes: dict[str, int], known: Parts) -> Iterator[tuple[str, int]]:
+    """The pieces that have to be read: those that are not known, and not all hole."""
+    for name, size in sizes.items():
+        if size < PIECE:
+            if (name, 0) not in known:
+                yield name, 0
+            continue
+        fd = opener(name)
+        try:
+            start = 0
+            while start < size:
+                if start + PIECE <= size:
+                    start = min(_next_data(fd, start), size - 1) // PIECE * PIECE
+                if (name, start) not in known:
+                    yield name, start
+                start += PIECE
+        finally:
+            os.close(fd)
+
+
 def _digest(name: str, size: int, parts: Parts) -> Digest:
-    pieces = [parts[name, start] for start in range(0, max(size, 1), PIECE)]
-    return Digest(size, xxhash.xxh3_128_hexdigest(b"".join(pieces)), [piece.hex() for piece in pieces])
+    joined = b"".join(parts.get((name, start), _empty_piece()) for start in range(0, max(size, 1), PIECE))
+    return Digest(size, xxhash.xxh3_128_hexdigest(joined), joined)
 
 
 def _work(
-    directory: int,
+    opener: Opener,
     todo: Iterator[tuple[str, int]],
     lock: threading.Lock,
     parts: Parts,
@@ -113,7 +150,7 @@ def _work(
                 name, start = next(todo, ("", 0))
             if not name:
                 return
-            fd = open_inside(directory, name)
+            fd = opener(name)
             try:
                 digest = hash_piece(fd, start, buffer, lambda: bool(failures))
                 if digest is not None:
@@ -169,17 +206,20 @@ class Entry(NamedTuple):
         return os.readlink(self.name, dir_fd=self.parent)
 
 
-def walk(top: int, names: Iterable[str]) -> Iterator[Entry]:
+def walk(top: int, names: Iterable[str], device: int | None = None) -> Iterator[Entry]:
     """All below ``top`` that begins with one of ``names``, directories before what is in them, in a fixed order.
 
+    With a ``device``, only what is on that one.
     Raises OSError, and CheckpointError where directories are nested too deep.
     """
     for name in names:
-        yield from _walk(top, name, name, 0)
+        yield from _walk(top, name, name, 0, device)
 
 
-def _walk(parent: int, name: str, path: str, depth: int) -> Iterator[Entry]:
+def _walk(parent: int, name: str, path: str, depth: int, device: int | None) -> Iterator[Entry]:
     entry = Entry(path, parent, name, os.stat(name, dir_fd=parent, follow_symlinks=False))
+    if device is not None and entry.status.st_dev != device:
+        return
     yield entry
     if not stat.S_ISDIR(entry.status.st_mode):
         return
@@ -188,9 +228,13 @@ def _walk(parent: int, name: str, path: str, depth: int) -> Iterator[Entry]:
     here = os.open(name, DIRECTORY, dir_fd=parent)
     try:
         for child in sorted(os.listdir(here)):
-            yield from _walk(here, child, f"{path}/{child}", depth + 1)
+            yield from _walk(here, child, f"{path}/{child}", depth + 1, device)
     finally:
         os.close(here)
+
+
+Line = tuple[str, int, int, int, int, str | None]
+"""Path, mode, uid, gid, size, and where a link leads."""
 
 
 class Totals:
@@ -205,16 +249,32 @@ class Totals:
 def lines(top: int, names: Iterable[str], totals: Totals | None = None) -> Iterator[bytes]:
     """The list of a tree. Raises what :func:`walk` raises."""
     entries = walk(top, sorted(names))
-    while batch := list(islice(_described(entries, totals), BATCH)):
-        files = [path for path, mode, *_ in batch if stat.S_ISREG(mode) and len(os.fsencode(path)) < LONGEST]
-        found = digests(top, files)
+    for batch in _batches(_described(entries, totals)):
+        found = digests(top, [line[0] for line in batch if _is_hashed(line)])
         for path, mode, uid, gid, size, target in batch:
             known = found.get(path)
             last = known.xxh128 if known else target
             yield json.dumps([path, mode, uid, gid, known.size if known else size, last]).encode() + b"\n"
 
 
-def _described(entries: Iterator[Entry], totals: Totals | None) -> Iterator[tuple[str, int, int, int, int, str | None]]:
+def _is_hashed(line: Line) -> bool:
+    path, mode, _, _, size, _ = line
+    return stat.S_ISREG(mode) and size <= LARGEST and len(os.fsencode(path)) < LONGEST
+
+
+def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    batch: list[Line] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += line[4]
+        if len(batch) == BATCH or size >= LARGEST:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _described(entries: Iterator[Entry], totals: Totals | None) -> Iterator[Line]:
     for entry in entries:
         status = entry.status
         if totals is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from imgrun.channel import Channel
-from imgrun.errors import CheckpointError, ImgrunError
+from imgrun.errors import CheckpointError, HostError, ImgrunError
 from imgrun.spec import JobSpec
 from imgrun.state import JobDir
 
@@ -44,6 +45,8 @@ class Freezer:
         self.under_way: Freezing | None = None
         self.frozen_to: str | None = None
         """Where the checkpoint is that ended the job."""
+        self.unplaced: ImgrunError | None = None
+        """Why the checkpoint that ended the job has not got its name."""
         self._job = job
         self._every = spec.checkpoint_every
         self._target = spec.checkpoint_dir
@@ -53,36 +56,56 @@ class Freezer:
         self._end_next = False
 
     def begin(self, target: str, how: How, asker: Channel | None) -> None:
-        """Begin a checkpoint. It has ended when ``under_way`` is readable, and then ``finish`` is to be called."""
+        """Begin a checkpoint. When ``under_way`` is readable, ``hear`` is to be called."""
         from imgrun.checkpoints.freezing import Freezing
 
         try:
             if self.under_way is not None:
                 raise CheckpointError(f"job {self._job.id} is being checkpointed already", "wait for that to end")
-            subject = self._owner.subject()
-        except ImgrunError as e:
-            if asker is not None:
-                asker.send({"error": type(e).__name__, "message": e.message, "hint": e.hint})
-            else:
-                self._owner.tell(f"no checkpoint: {e.message}")
+            freezing = Freezing(self._owner.subject(), target, how, asker)
+            self._note_place(freezing)
+            self._owner.make_room()
+            try:
+                freezing.begin()
+            except (ImgrunError, OSError):
+                self._owner.take_room_back()
+                raise
+        except (ImgrunError, OSError) as e:
+            error = e if isinstance(e, ImgrunError) else HostError(f"it cannot be begun: {e.strerror}", "try again")
+            if asker is None:
+                self._owner.tell(f"no checkpoint: {error.message}")
+                return
+            with contextlib.suppress(OSError):  # whoever asked has gone
+                asker.send({"error": type(error).__name__, "message": error.message, "hint": error.hint})
             return
-        self._owner.make_room()
-        self.under_way = Freezing(subject, target, how, asker)
-        # For whoever cleans up, if this process is killed.
-        making = {"building": self.under_way.building, "making": target if self.under_way.named else None}
-        self._job.write("state.json", self._job.read("state.json") | making)
+        self.under_way = freezing
 
-    def finish(self) -> None:
-        """Take note of how the checkpoint under way went."""
-        freezing, self.under_way = self.under_way, None
+    def _note_place(self, freezing: Freezing) -> None:
+        """For whoever cleans up, if this process is killed."""
+        making = None if freezing.how.archive else {"target": freezing.target, "id": freezing.identifier}
+        record = self._job.read("state.json") | {"building": freezing.building, "making": making}
+        try:
+            self._job.write("state.json", record)
+        except ImgrunError as e:
+            self._owner.note(e.message)
+
+    def hear(self) -> None:
+        """There is news of the checkpoint under way: take note of how it went, if it has ended."""
+        freezing = self.under_way
         assert freezing is not None
+        if not freezing.is_done():
+            return
+        self.under_way = None
         error = freezing.finish()
         for warning in freezing.warnings:
             self._owner.note(warning)
         if error is not None:
             say: Callable[[str], None] = self._owner.note if freezing.asker else self._owner.tell
             say(f"checkpoint failed: {error.message}")
-        elif not freezing.leave_running:
+            if freezing.alone is not None:
+                self.unplaced = error
+                return
+        elif not freezing.how.leave_running:
             self.frozen_to = freezing.target
             return
         self._owner.take_room_back()
@@ -94,7 +117,7 @@ class Freezer:
         if self.under_way is None:
             self._end_next = False
             self._freeze(leave_running=False)
-        elif self.under_way.leave_running:
+        elif self.under_way.how.leave_running:
             self._end_next = True  # once that is done
 
     def start_clock(self, moment: float) -> None:

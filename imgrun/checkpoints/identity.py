@@ -31,20 +31,30 @@ NOT_FOR_PROGRAMS = frozenset((
 """Flags of /proc/cpuinfo that say something of the machine or its kernel, and nothing that a program could use."""
 
 
-def image(path: str) -> dict[str, Any]:
+def image(path: str, held: str) -> dict[str, Any]:
     """An image's identity: where it is, and size, time of change and fingerprint. Raises OSError.
+
+    It is read at ``held``, which leads to what the job has, whatever is at ``path`` by now.
 
     The fingerprint is the SHA-256 of samples all over the file: copies have the same, other images another; that not a
     byte of a large one was changed it does not prove. Of a directory only the place is known.
     """
-    status = os.stat(path)
+    status = os.stat(held)
     record: dict[str, Any] = {"path": path, "kind": "directory" if stat.S_ISDIR(status.st_mode) else "file"}
     if stat.S_ISREG(status.st_mode):
-        record |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "fingerprint": fingerprint(path)}
+        record |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "fingerprint": fingerprint(held)}
     return record
 
 
-def open_image(path: str, partition: str | None) -> dict[str, Any]:
+def is_at(path: str, held: str) -> bool:
+    """Whether what is at ``path`` is still what ``held`` leads to."""
+    try:
+        return os.path.samefile(path, held)
+    except OSError:
+        return False
+
+
+def open_image(path: str, held: str, partition: str | None) -> dict[str, Any]:
     """The identity of an image which a job writes to, and will until it has ended. Raises OSError, ImageError.
 
     ``stored`` is what it takes on the disk. Instead of how it will be left, ``mount`` says which mount for writing was its
@@ -53,9 +63,9 @@ def open_image(path: str, partition: str | None) -> dict[str, Any]:
     from imgrun.image import probe
     from imgrun.storage import superblock
 
-    info = probe(path, partition)
-    record = image(path) | {"stored": os.stat(path).st_blocks * 512}
-    if (mounts := superblock.mounts(path, info.offset, info.fstype)) is not None:
+    info = probe(held, partition)
+    record = image(path, held) | {"stored": os.stat(held).st_blocks * 512}
+    if (mounts := superblock.mounts(held, info.offset, info.fstype)) is not None:
         record["mount"] = {"offset": info.offset, "fstype": info.fstype, "mounts": mounts}
     return record
 

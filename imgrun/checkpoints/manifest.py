@@ -22,19 +22,23 @@ import re
 import stat
 from typing import Any, NamedTuple
 
+from imgrun.checkpoints.captured import LAYERS, memory_places
 from imgrun.checkpoints.digests import Digest, Parts, difference, digests, lines
 from imgrun.errors import ImgrunError, RestoreError
 from imgrun.spec import JobSpec
+from imgrun.storage import scratch
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 64 << 20
 """Bytes, of which a job with a terabyte of memory takes 20 million for hashes."""
 SHAPE = {
-    "spec": dict, "host": dict, "image": dict, "ids": dict, "files": dict, "streams": dict, "usage": dict, "statistics": dict,
-    "layers": list, "memory": list, "last_pid": int, "userns": bool, "hostname": str, "job": str, "created_at": str,
+    "spec": dict, "image": dict, "files": dict, "statistics": dict, "layers": list, "memory": list, "last_pid": int,
+    "userns": bool, "rootless": bool, "hostname": str, "job": str, "created_at": str, "usage.wall_seconds": int | float,
+    "ids.uid": list, "host.machine": str, "host.kernel": str, "host.cpu.features": list,
+    "streams.0": str, "streams.1": str, "streams.2": str,
 }  # fmt: skip
-"""What has to be in a manifest, and of which kind."""
+"""What has to be in a manifest, in which of its parts, and of which kind."""
 LIST = "files.list"
 SHIM = "shim"
 IMAGE = "image.img"
@@ -43,9 +47,17 @@ IMAGE_RECORD = "image.json"
 SINGLE = ("stdin", SHIM, LIST, IMAGE)
 LATER = (LIST, IMAGE)
 """What a checkpoint may get when it is complete. Without a word in the manifest it was not finished, and is nothing."""
+WHOLE = ("stdin", SHIM)
+"""What is read as a whole."""
+LARGEST = 16 << 40
+"""Bytes of any file that is hashed, as ext4 can have."""
+COMPARING = 4 << 30
+"""Bytes to compare what the job wrote with its list, most of which threads take and do not use."""
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 PARTS = ("processes", "files")
+NAMES = {MANIFEST, f"{MANIFEST}.new", "dump.log", "work", *PARTS, *SINGLE}
+"""All that may be at the top of a checkpoint, also of one that was not finished."""
 OLDER = "restore an older checkpoint, or start the job anew"
 MAKER = "restore as the user who made the checkpoint"
 
@@ -120,13 +132,22 @@ def load(path: str) -> Checkpoint:
         raise RestoreError(f"the checkpoint {path} has {what}; this imgrun reads {FORMAT}", hint)
     if manifest.get("checksum") != checksum(manifest):
         raise RestoreError(f"the manifest of the checkpoint {path} was changed after it was written", OLDER)
-    if missing := [key for key, kind in SHAPE.items() if not isinstance(manifest.get(key), kind)]:
+    if missing := [key for key, kind in SHAPE.items() if not isinstance(_at(manifest, key), kind)]:
         raise RestoreError(f"the manifest of the checkpoint {path} lacks what it should have: {missing[0]}", OLDER)
     try:
         spec = JobSpec.from_dict(manifest["spec"])
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise RestoreError(f"the manifest of the checkpoint {path} has no job that could be run: {e}", OLDER) from e
+    # These become paths.
+    if manifest["layers"] not in ([*LAYERS], [scratch.FILE]) or manifest["memory"] != memory_places(spec):
+        raise RestoreError(f"the checkpoint {path} has files where no job of its kind has any", OLDER)
     return Checkpoint(path, manifest, spec)
+
+
+def _at(manifest: Any, place: str) -> Any:
+    for key in place.split("."):
+        manifest = manifest.get(key) if isinstance(manifest, dict) else None
+    return manifest
 
 
 def _read(directory: int, name: str) -> bytes:
@@ -259,7 +280,7 @@ def changed_files(checkpoint: Checkpoint, *, memory: bool = True) -> list[str]:
     expected: dict[str, Any] = checkpoint.manifest.get("files", {})
     wrong = []
     try:
-        for name in (*PARTS, *(f"files/{layer}" for layer in checkpoint.manifest.get("layers", ()))):
+        for name in (*PARTS, *(f"files/{layer}" for layer in checkpoint.manifest["layers"])):
             kind = stat.S_IFREG if name.endswith(".img") else stat.S_IFDIR
             if _kind(directory, name) != kind:
                 wrong.append(f"{name} is missing, or is no {'file' if kind == stat.S_IFREG else 'directory'}")
@@ -271,7 +292,9 @@ def changed_files(checkpoint: Checkpoint, *, memory: bool = True) -> list[str]:
         same = []
         for name in set(there) & set(expected):
             size = os.stat(name, dir_fd=directory, follow_symlinks=False).st_size
-            if size != expected[name].get("size", size):
+            if size > (LARGEST_MANIFEST if name in WHOLE else LARGEST):
+                wrong.append(f"{name} is larger than any that belongs there")
+            elif size != expected[name].get("size", size):
                 wrong.append(f"{name} has {size} bytes, not {expected[name]['size']}")
             elif memory or not is_memory(name):
                 same.append(name)
@@ -298,7 +321,7 @@ def _changed_by_list(checkpoint: Checkpoint) -> list[str]:
             return difference(f, lines(files, checkpoint.manifest["layers"])) or ""
 
     try:
-        found = apart(compare)
+        found = apart(compare, memory=COMPARING)
     except ImgrunError as e:
         return [e.message]
     return [f"files/{found}"] if found else []

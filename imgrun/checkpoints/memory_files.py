@@ -1,39 +1,41 @@
 """What a job keeps in memory file systems: saved, and put back, by a process in its mount namespace, as tar archives.
 
-CRIU does not save what mounts hold.
+CRIU does not save what mounts hold. Holes stay holes: what a job has not written takes no memory when it is put back either.
 """
 
 from __future__ import annotations
 
+import os
 import tarfile
-from typing import Any
 
+from imgrun.checkpoints.archive import Writer, attributes_of
 from imgrun.checkpoints.criu_process import IMAGES
-from imgrun.spec import JobSpec
+from imgrun.checkpoints.digests import DIRECTORY, walk
 
-
-def places(spec: JobSpec) -> list[str]:
-    """The memory file systems that the job could write to."""
-    return ["/dev/shm", *(mount.dst for mount in spec.mounts if mount.type == "tmpfs")]
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def save(places: list[str]) -> None:
-    _no_name_service()
     for number, place in enumerate(places):
-        with tarfile.open(f"{IMAGES}/memory-{number}.tar", "w") as tar:
-            tar.add(place, ".")
+        top = os.open(place, DIRECTORY)
+        sink = os.open(f"{IMAGES}/memory-{number}.tar", NEW, 0o600)
+        try:
+            writer = Writer(sink)
+            for entry in walk(top, ["."], os.fstat(top).st_dev):  # and nothing of what is bound into it
+                writer.add(entry, entry.path)
+            writer.end()
+        finally:
+            os.close(sink)
+            os.close(top)
 
 
 def restore(places: list[str]) -> None:
-    _no_name_service()
     for number, place in enumerate(places):
-        with tarfile.open(f"{IMAGES}/memory-{number}.tar") as tar:
-            # All of it as it was; what it can do wrong it does inside the job, with the job's rights.
+        # "r:", for to see whether it is compressed takes modules, and nothing is imported in a job.
+        with tarfile.open(f"{IMAGES}/memory-{number}.tar", "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            # All of it as it was; what it can do wrong it does inside the job.
             tar.extraction_filter = lambda member, _path: member
-            tar.extractall(place, numeric_owner=True)
-
-
-def _no_name_service() -> None:
-    """Names of users would be looked up by libraries of the job's own root."""
-    module: Any = tarfile
-    module.pwd = module.grp = None
+            tar.extractall(place, numeric_owner=True)  # names of users would be looked up by libraries of the job's own root
+            for member in tar:
+                for key, value in attributes_of(member):
+                    os.setxattr(f"{place}/{member.name}", key, value, follow_symlinks=False)

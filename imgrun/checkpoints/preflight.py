@@ -12,6 +12,7 @@ from imgrun.checkpoints.manifest import IMAGE, OLDER, Checkpoint, changed_files,
 from imgrun.errors import ImgrunError, LimitError, RestoreError, SpecError
 from imgrun.init_shim import PROTOCOL
 from imgrun.spec import JobSpec, parse_bind
+from imgrun.storage.scratch import FILE
 
 Level = Literal["ok", "warning", "refused"]
 OVERRIDES = ("owner", "image-changed", "cpu", "kernel", "criu", "ids", "second-copy")
@@ -126,16 +127,23 @@ def cannot_continue(checkpoint: Checkpoint, why: str) -> str:
 
 
 def findings(checkpoint: Checkpoint, *, memory: bool = True) -> list[Finding]:
-    """Every requirement, the cheap ones first. Without ``memory``, of the files with memory only the sizes are looked at."""
-    return [
-        *_owner(checkpoint),
-        *_host(checkpoint),
-        *_image(checkpoint),
-        *_mounts(checkpoint.spec),
-        *_limits(checkpoint.spec),
-        *_running(checkpoint),
-        *_files(checkpoint, memory),
-    ]
+    """Every requirement, the cheap ones first. Without ``memory``, of the files with memory only the sizes are looked at.
+
+    Raises RestoreError for a manifest with something else than what imgrun writes.
+    """
+    try:
+        return [
+            *_owner(checkpoint),
+            *_host(checkpoint),
+            *_image(checkpoint),
+            *_rights(checkpoint),
+            *_mounts(checkpoint.spec),
+            *_limits(checkpoint.spec),
+            *_running(checkpoint),
+            *_files(checkpoint, memory),
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise RestoreError(f"the manifest of the checkpoint {checkpoint.path} makes no sense: {e!r}", OLDER) from e
 
 
 def _owner(checkpoint: Checkpoint) -> list[Finding]:
@@ -242,13 +250,24 @@ def _image_in_use(path: str, writable: bool) -> list[Finding]:
     return []
 
 
+def _rights(checkpoint: Checkpoint) -> list[Finding]:
+    """What it gets of the host, for whoever did not make it."""
+    spec = checkpoint.spec
+    root = "of the host" if spec.userns == "off" and not checkpoint.manifest["rootless"] else "of a user namespace"
+    return [
+        Finding("ok", "userns", f"--userns {spec.userns}: its root is one {root}"),
+        Finding("ok", "network", f"--network {spec.network}"),
+    ]
+
+
 def _mounts(spec: JobSpec) -> list[Finding]:
     found = []
     for mount in spec.mounts:
         if mount.type == "tmpfs":
             continue
         if os.path.exists(mount.src):
-            found.append(Finding("ok", "mount", f"{mount.src}, for {mount.dst}, is there"))
+            access = "read-only" if mount.ro or mount.type == "image" else "can be written to"
+            found.append(Finding("ok", "mount", f"{mount.src}, for {mount.dst}, is there, and {access}"))
         else:
             hint = f"make it, or give another with --bind NEW:{mount.dst}"
             found.append(Finding("refused", "mount", f"{mount.src}, for {mount.dst}, is not there", hint))
@@ -283,8 +302,8 @@ def _files(checkpoint: Checkpoint, memory: bool) -> list[Finding]:
     manifest = checkpoint.manifest
     total = size_of(manifest["files"])
     found = [Finding("ok", "files", f"{len(manifest['files'])} files, {total >> 20} MiB, are as written")]
-    if (tree := manifest.get("tree")) is None and manifest["layers"] == ["scratch.img"]:
-        text = "what the job wrote to disk has no hashes: scratch.img is complete only once it is unmounted"
+    if (tree := manifest.get("tree")) is None and manifest["layers"] == [FILE]:
+        text = f"what the job wrote to disk has no hashes: {FILE} is complete only once it is unmounted"
         found.append(Finding("ok", "files", text))
     elif tree is None:
         found.append(Finding("warning", "files", "what the job wrote to disk has no hashes: it is taken as it is"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 
 from imgrun.checkpoints.identity import HOW_TO_GET_CRIU, criu_version
 from imgrun.checkpoints.subject import How, Subject
@@ -49,7 +50,7 @@ def refuse(subject: Subject, target: str, how: How) -> None:
         )
     if how.capture_image and not writable:
         raise CheckpointError("the job cannot change its image", "--capture-image is for jobs started with --writable")
-    if how.capture_image and not os.path.isfile(subject.spec.image):
+    if how.capture_image and not os.path.isfile(subject.held_image):
         raise CheckpointError("an image that is no file cannot be captured", "leave --capture-image out")
     if how.capture_image and target == "-" and not settles(subject):
         raise CheckpointError(
@@ -62,7 +63,7 @@ def settles(subject: Subject) -> bool:
     """Whether all that the job has written into its image can be brought to be there while the job has it."""
     from imgrun.image import probe
 
-    info = probe(subject.spec.image, subject.spec.partition)
+    info = probe(subject.held_image, subject.spec.partition)
     return not subject.rootless and (not info.unclean or info.replayable)
 
 
@@ -110,12 +111,15 @@ def _is_full(directory: str) -> bool:
         disk = os.statvfs(directory)
     except OSError:
         return False
-    return disk.f_bavail * disk.f_frsize < 1 << 16
+    return disk.f_blocks > 0 and disk.f_bavail * disk.f_frsize < 1 << 16  # some do not tell what they have
 
 
 def refuse_unsuitable(target: str) -> None:
-    """Raise CheckpointError when ``target`` is there and neither an empty directory nor a checkpoint to be replaced."""
-    from imgrun.checkpoints.manifest import MANIFEST
+    """Raise CheckpointError when ``target`` is there and neither an empty directory nor a checkpoint to be replaced.
+
+    What else is in it would be lost with the checkpoint.
+    """
+    from imgrun.checkpoints.manifest import MANIFEST, NAMES
 
     try:
         names = set(os.listdir(target))
@@ -127,5 +131,20 @@ def refuse_unsuitable(target: str) -> None:
         raise not_written(target, e) from e
     if os.path.islink(target) or os.path.ismount(target):
         raise CheckpointError(f"{target} cannot be replaced by a checkpoint", "give the name of a new directory in it")
-    if names and MANIFEST not in names:
+    if names and not (names <= NAMES and _begins_as_ours(f"{target}/{MANIFEST}")):
         raise CheckpointError(f"{target} holds something that is no checkpoint", "give a new or an empty directory")
+
+
+def _begins_as_ours(manifest: str) -> bool:
+    """Whether a file is a manifest of ours: of any format, and be it damaged. Only its beginning is read."""
+    try:
+        fd = os.open(manifest, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        begin = os.read(fd, 100)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return re.match(rb'{\s*"format": ?[0-9]+,\s*"imgrun": ?"', begin) is not None

@@ -29,6 +29,7 @@ class Still:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._begun = False
         read, self._alive = os.pipe2(os.O_CLOEXEC)
         self._guard = os.fork()
         if self._guard == 0:
@@ -38,24 +39,32 @@ class Still:
 
     def begin(self) -> None:
         """Raises CheckpointError where it cannot stand still."""
-        os.write(self._alive, BEGUN)
+        try:
+            os.write(self._alive, BEGUN)
+        except BrokenPipeError:
+            raise CheckpointError("the process that watches over the image was killed", "try again") from None
         try:
             fcntl.ioctl(self._fd, FIFREEZE, 0)
         except OSError as e:
-            os.write(self._alive, REFUSED)
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self._alive, REFUSED)
             why = "it is frozen already" if e.errno == errno.EBUSY else os.strerror(e.errno or 0)
             raise CheckpointError(
                 f"the image's file system cannot be made to stand still: {why}", "checkpoint to a directory, with --to"
             ) from e
+        self._begun = True
 
     def end(self) -> None:
         """Let it go on, if it stands still because of us."""
         if self._alive < 0:
             return
-        os.write(self._alive, END)  # it may be open elsewhere, in processes that were forked since
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._alive, END)  # it may be open elsewhere, in processes that were forked since
         os.close(self._alive)
         self._alive = -1
-        os.waitpid(self._guard, 0)  # it has let it go on, and no longer holds the mount
+        _, status = os.waitpid(self._guard, 0)  # it has let it go on, and no longer holds the mount
+        if status and self._begun:
+            _thaw(self._fd)  # it was killed
         os.close(self._fd)
 
 
@@ -68,7 +77,11 @@ def _guard(read: int, fd: int) -> NoReturn:
         while (said := os.read(read, 1)) not in (END, b""):
             begun = said == BEGUN
         if begun:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(fd, FITHAW, 0)
+            _thaw(fd)
     finally:
         os._exit(0)
+
+
+def _thaw(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, FITHAW, 0)

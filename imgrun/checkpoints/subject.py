@@ -30,8 +30,15 @@ class Subject(NamedTuple):
     """Input that the supervisor has read and the job has not been given."""
     shim: str
     """The program of its first two processes."""
+    image: int
+    """A descriptor of its image, at whose path another may be by now."""
     fetching: int | None = None
     """The process that still fetches its memory, after a restore with ``lazy``."""
+
+    @property
+    def held_image(self) -> str:
+        """A path to the image that the job has, for as long as the process that asks lives."""
+        return f"/proc/{os.getpid()}/fd/{self.image}"
 
 
 class How(NamedTuple):

@@ -12,7 +12,7 @@ import subprocess
 import tarfile
 from typing import IO, Any
 
-from imgrun.checkpoints.archive import SLACK, zstd
+from imgrun.checkpoints.archive import SLACK, attributes_of, zstd
 from imgrun.checkpoints.manifest import DIRECTORY, IMAGE, IMAGE_RECORD, LARGEST_MANIFEST, MANIFEST, SINGLE, checksum, size_of
 from imgrun.errors import NoSpace, RestoreError
 
@@ -280,9 +280,8 @@ class _Unpacker:
         if member.isreg() or member.isdir():
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
             try:
-                for key, value in member.pax_headers.items():
-                    if key.startswith("SCHILY.xattr."):
-                        os.setxattr(fd, key.removeprefix("SCHILY.xattr."), os.fsencode(value))
+                for key, value in attributes_of(member):
+                    os.setxattr(fd, key, value)
             finally:
                 os.close(fd)
         os.utime(name, (member.mtime, member.mtime), dir_fd=parent, follow_symlinks=False)

@@ -14,8 +14,8 @@ from typing import Any
 
 from imgrun import syscalls as sc
 from imgrun.checkpoints import archive, identity
-from imgrun.checkpoints.captured import SECONDS, await_detached, copy_tree
-from imgrun.checkpoints.digests import DIRECTORY, digests
+from imgrun.checkpoints.captured import SECONDS, Copying, await_detached
+from imgrun.checkpoints.digests import digest_of
 from imgrun.checkpoints.manifest import IMAGE
 from imgrun.checkpoints.refusals import settles
 from imgrun.checkpoints.still import Still
@@ -31,7 +31,7 @@ class WritableImage:
         """To be made while the process has no threads."""
         self._subject = subject
         self._how = how
-        self._path = subject.spec.image
+        self._path, self._held = subject.spec.image, subject.held_image
         self.later = how.capture_image and how.archive and not settles(subject)
         """Whether it is added to an archive when the job has ended."""
         self._still: Still | None = None
@@ -44,22 +44,22 @@ class WritableImage:
     def require_room(self, building: str) -> None:
         """Raise NoSpace when a directory has none for it."""
         if self._how.capture_image and not self._how.archive:
-            _check_room_for(self._path, building)
+            _check_room_for(self._held, building)
 
     def settle(self, manifest: dict[str, Any]) -> str | None:
-        """For an archive: note what is known of it while the job has it; where it is, if it is to be copied now.
+        """For an archive: note what is known of it while the job has it; a path to it, if it is to be copied now.
 
         It stands still then, until :meth:`let_go`. Raises OSError, ImgrunError.
         """
         if self._still is not None:
             self._still.begin()
-            manifest["files"] = {IMAGE: _describe(self._path)}
+            manifest["files"] = {IMAGE: _describe(self._held)}
         elif self.later:  # its size is known when it is written out
             root = self._open(os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             sc.syncfs(root)
             os.close(root)
-        manifest["image"] = identity.open_image(self._path, self._subject.spec.partition) | {"later": self.later}
-        return None if self._still is None else os.path.realpath(self._path)
+        manifest["image"] = identity.open_image(self._path, self._held, self._subject.spec.partition) | {"later": self.later}
+        return None if self._still is None else self._held
 
     def let_go(self) -> None:
         """Without that the job could not end, either."""
@@ -68,19 +68,20 @@ class WritableImage:
 
     def add(self, path: str) -> None:
         """Add it to the archive with this path, which is a good one, and stays one. Raises OSError, ImgrunError."""
-        _await_complete(self._path)
-        archive.add_image(path, self._how.compress, os.path.realpath(self._path), _describe(self._path))
+        _await_complete(self._held)
+        archive.add_image(path, self._how.compress, self._held, _describe(self._held))
 
     def take(self, building: str, manifest: dict[str, Any]) -> str | None:
         """For a directory, when the job has ended: note what is known of it, and copy it, if it is to be.
 
         Returns why it was not. Raises OSError, ImgrunError.
         """
-        _await_complete(self._path)
-        manifest["image"] = identity.image(self._path)
+        _await_complete(self._held)
+        manifest["image"] = identity.image(self._path, self._held)
         if self._how.capture_image:
             try:
-                copy_tree(self._path, f"{building}/{IMAGE}")
+                with Copying(target := f"{building}/{IMAGE}", "--dereference", "--no-target-directory", self._held, target):
+                    pass
             except ImgrunError as e:
                 with contextlib.suppress(OSError):
                     os.unlink(f"{building}/{IMAGE}")
@@ -107,12 +108,7 @@ def _shares_blocks(image: str, directory: str) -> bool:
 
 def _describe(path: str) -> dict[str, Any]:
     """Size and hash of what is to be in an archive."""
-    above, name = os.path.split(os.path.realpath(path))
-    directory = os.open(above, DIRECTORY)
-    try:
-        digest = digests(directory, [name])[name]
-    finally:
-        os.close(directory)
+    digest = digest_of(path)
     return {"size": digest.size, "xxh128": digest.xxh128}
 
 

@@ -161,7 +161,8 @@ def rm(jobs: tuple[str, ...], force: bool, everything: bool) -> None:
 def gc(older_than: str | None) -> None:
     """Remove cgroup directories, scratch and state of jobs whose supervisor was killed. Running jobs are not touched.
 
-    Cgroup directories are found without the state directory that the job had.
+    Cgroup directories are found without the state directory that the job had. Root's files for ranges of ids that no job
+    holds go, too.
     """
     from imgrun.isolation.cgroups.orphans import remove_orphans
     from imgrun.isolation.userns import drop_unheld

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
+
+PF_EXITING = 4
+"""In the flags of a process (include/linux/sched.h)."""
 
 
 def children_of(pid: int) -> list[int]:
@@ -14,6 +18,18 @@ def children_of(pid: int) -> list[int]:
             return [int(word) for word in f.read().split()]
     except OSError:
         return []
+
+
+def is_dying(pid: int) -> bool:
+    """Whether a process is ending, or is about to because a SIGKILL is on its way to it, or is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:
+            flags = int(f.read().rpartition(b")")[2].split()[6])
+        with open(f"/proc/{pid}/status", "rb") as f:
+            pending = [int(line.split()[1], 16) for line in f if line.startswith((b"SigPnd:", b"ShdPnd:"))]
+    except OSError:
+        return True
+    return bool(flags & PF_EXITING) or any(mask >> (signal.SIGKILL - 1) & 1 for mask in pending)
 
 
 def pid_inside(pid: int) -> int | None:

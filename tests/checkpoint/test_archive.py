@@ -19,7 +19,7 @@ from imgrun import Job, launcher
 from imgrun.checkpoints import manifest
 
 from .conftest import Rig
-from .test_faults import children
+from .test_faults import children, kids
 from .test_hosts import second  # noqa: F401 - a fixture
 
 FILES = """
@@ -412,7 +412,7 @@ def test_a_full_disk_while_the_image_is_archived(rig: Rig, images: Images, kind:
         subprocess.run(["umount", place], check=True)
 
 
-@pytest.mark.parametrize("whom", ["reader", "freezer", "supervisor"])
+@pytest.mark.parametrize("whom", ["reader", "freezer", "supervisor", "guard"])
 @pytest.mark.parametrize("rig", ["root"], indirect=True)
 def test_nothing_stands_still_for_ever(rig: Rig, images: Images, whom: str) -> None:
     """Whoever is killed while the image is read: the job goes on, or its image is free again."""
@@ -425,10 +425,15 @@ def test_nothing_stands_still_for_ever(rig: Rig, images: Images, whom: str) -> N
         seen = seen[-100:] + saving.stdout.read(65536)
     if whom == "reader":
         saving.stdout.close()
+    elif whom == "guard":
+        freezer = children(supervisor, "freezing")[0]
+        (guard,) = (pid for pid in kids(freezer) if os.path.samefile(f"/proc/{pid}/ns/mnt", f"/proc/{freezer}/ns/mnt"))
+        assert kill(guard)
+        saving.stdout.read()
     else:
         assert kill(supervisor if whom == "supervisor" else children(supervisor, "freezing")[0])
-    assert saving.wait(60) == 125
-    if whom != "supervisor":
+    assert saving.wait(60) == (0 if whom == "guard" else 125)
+    if whom in ("reader", "freezer"):
         writes_on(process)
         assert rig.run("rm", "--force", "w").status == 0
     again = ("start", "--writable", rig.image, "--", "sh", "-c", "touch /more; echo written")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command import eventually, kill, refused
+from command import eventually, expect, kill, refused
 
+from images import Images
 from imgrun.checkpoints import manifest
+from imgrun.isolation import processes
 
 from .conftest import Rig
 
@@ -49,6 +53,24 @@ def test_a_target_that_is_no_place_for_one(rig: Rig, job: str) -> None:
     assert not list(rig.path("").glob("*.new"))
 
 
+def test_what_is_replaced_is_a_checkpoint_and_nothing_else(rig: Rig, job: str) -> None:
+    site = rig.make("site")
+    rig.make("site/manifest.json", '{"name": "a web application", "format": 2}')
+    words = ("checkpoint", "--leave-running", "--to", site, job)
+    refused(rig.run(*words), 125, "holds something that is no checkpoint")
+    older = rig.freeze(job, "c", "--leave-running")
+    precious = rig.make("c/precious", "mine")
+    refused(rig.run("checkpoint", "--leave-running", "--to", older, job), 125, "holds something that is no checkpoint")
+    assert precious.read_text() == "mine"
+    precious.unlink()
+    for change in ({"format": 1}, {"format": 99}):  # of an older imgrun, and a newer one
+        remade(older, lambda m, change=change: m.update(change))  # type: ignore[misc]
+        rig.freeze(job, "c", "--leave-running")
+    flip(older / "manifest.json")
+    rig.freeze(job, "c", "--leave-running")
+    assert rig.run("check", older).status == 0
+
+
 @pytest.mark.parametrize("rig", ["root"], indirect=True)
 def test_a_full_and_a_read_only_disk(rig: Rig, job: str) -> None:
     place = rig.make("disk")
@@ -69,13 +91,15 @@ def test_a_full_and_a_read_only_disk(rig: Rig, job: str) -> None:
 
 
 def test_two_at_once(rig: Rig) -> None:
-    # Enough memory that the first takes a moment.
-    job = rig.run.background("dd if=/dev/urandom of=/dev/shm/x bs=1M count=200 2>/dev/null; echo ready; sleep 1000")
+    job = rig.run.background("echo ready; sleep 1000")
     rig.reaches(job, "ready")
-    both = [rig.run.popen("checkpoint", "--leave-running", "--to", rig.path(f"c{n}"), job) for n in (1, 2)]
-    errors = [process.communicate(timeout=60)[1].decode() for process in both]
-    assert sorted(process.returncode for process in both) == [0, 125], errors
-    assert "is being checkpointed already" in "".join(errors)
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    first = rig.run.popen("checkpoint", "--leave-running", "--to", rig.path("c1"), job)
+    freezer = eventually(lambda: children(supervisor, "freezing"))[0]
+    assert kill(freezer, signal.SIGSTOP)
+    refused(rig.run("checkpoint", "--leave-running", "--to", rig.path("c2"), job), 125, "is being checkpointed already")
+    assert kill(freezer, signal.SIGCONT)
+    assert first.wait(60) == 0
 
 
 def test_of_a_job_that_ends_meanwhile(rig: Rig) -> None:
@@ -101,14 +125,18 @@ def test_killed_half_way(rig: Rig, whom: str) -> None:
     asking = rig.run.popen("checkpoint", "--leave-running", "--to", older, job)
     building = Path(f"{older}.{job}.new")
     eventually(lambda: building.exists() and any((building / "processes").glob("memory-*")))
-    victim = next(iter(children(supervisor, "freezing" if whom == "freezer" else "criu")), 0)
-    assert victim, "there is no such process"
-    assert kill(victim)
+    freezer = children(supervisor, "freezing")[0]
+    assert kill(freezer, signal.SIGSTOP)
+    assert not (building / "manifest.json").exists(), "it was ready too soon"
+    if whom == "freezer":
+        assert kill(freezer)
+    else:
+        (criu,) = children(supervisor, "criu")
+        assert kill(criu)
+        assert kill(freezer, signal.SIGCONT)
     asking.communicate(timeout=60)
-    assert asking.returncode in (0, 125)
-    assert (older / "manifest.json").exists()
-    if asking.returncode:
-        assert (older / "manifest.json").read_bytes() == before
+    assert asking.returncode == 125
+    assert (older / "manifest.json").read_bytes() == before
     goes_on(rig, job)
     # And it can still be frozen.
     rig.freeze(job, "later")
@@ -139,79 +167,157 @@ def test_killed_when_the_job_is_in_the_checkpoint_alone(rig: Rig, whom: str) -> 
     goes_on(rig, restored.stdout.strip())
 
 
+@contextlib.contextmanager
+def not_ending(rig: Rig, job: str) -> Iterator[None]:
+    """Meanwhile the job's PID 1, once it is killed, cannot end: it waits for a process whose parent, outside, stands still."""
+    session = rig.run.popen("exec", job, "sleep", "1000")
+    parent = eventually(lambda: parent_of_sleep(session.pid), "the session has begun")
+    kill(parent, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        kill(parent, signal.SIGCONT)
+        session.kill()
+        session.communicate(timeout=60)
+
+
+def parent_of_sleep(pid: int) -> int:
+    for child in kids(pid):
+        if Path(f"/proc/{child}/comm").read_text() == "sleep\n":
+            return pid
+        if found := parent_of_sleep(child):
+            return found
+    return 0
+
+
 @pytest.mark.parametrize("whom", ["freezer", "supervisor"])
 def test_killed_before_it_has_its_name(rig: Rig, whom: str) -> None:
-    """The job has ended, and gives back much memory, which takes a while; what it wrote is still in its scratch."""
-    memory = "(head -c 600000000 /dev/zero; echo full >/tmp/full; sleep 1000) | tail -c 600000000 >/dev/null"
-    target = rig.path("c")
-
-    def caught() -> str | None:
-        job = rig.run.background(f"{memory} & {TICK.replace('echo $i', 'cat /tmp/full; echo $i')}")
-        rig.reaches(job, "full")
-        supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    """The job is killed; what it wrote is still in its scratch, and another job's checkpoint in the place of its own."""
+    other = rig.run.background(TICK)
+    rig.reaches(other, "2")
+    target = rig.freeze(other, "c")
+    job = rig.run.background(f"echo kept >/tmp/mine; {TICK.replace('echo $i', 'cat /tmp/mine; echo $i')}")
+    rig.reaches(job, "2")
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    with not_ending(rig, job):
         asking = rig.run.popen("checkpoint", "--to", target, job)
         building = f"{target}.{job}.new"
-        freezer = eventually(lambda: children(supervisor, "freezing"))[0]
-        while asking.poll() is None and not manifest.exists(building):
-            pass
-        stopped = kill(freezer, signal.SIGSTOP)
-        in_time = manifest.exists(building)
-        if stopped:
-            kill(supervisor if whom == "supervisor" and in_time else freezer, signal.SIGKILL if in_time else signal.SIGCONT)
-        errors = asking.communicate(timeout=60)[1].decode()
-        if not in_time:
-            rig.run("rm", job)
-            shutil.rmtree(target)
-            return None
-        if whom == "freezer":
-            assert asking.returncode == 0, errors
-            assert "the process that made the checkpoint was killed; it is good" in errors
-        else:
-            eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
-            assert f"imgrun restore {target}" in json.loads(rig.run("inspect", job).stdout)["result"]["hint"]
-        return job
-
-    job = next(filter(None, (caught() for _ in range(8))), "")
-    assert job, "it had its name too soon each time"
+        eventually(lambda: manifest.exists(building), "the job is in the checkpoint alone")
+        victim = supervisor if whom == "supervisor" else children(supervisor, "freezing")[0]
+        assert kill(victim)
+        assert manifest.load(str(target)).manifest["job"] == other
+    errors = asking.communicate(timeout=60)[1].decode()
+    if whom == "freezer":
+        assert asking.returncode == 0, errors
+        assert "the process that made the checkpoint was killed; it is good" in errors
+    else:
+        eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
+        assert f"imgrun restore {target}" in json.loads(rig.run("inspect", job).stdout)["result"]["hint"]
     assert [path.name for path in target.parent.glob("c*")] == ["c"]
+    assert manifest.load(str(target)).manifest["job"] == job
     assert rig.run("check", target).status == 0
     restored = rig.run("restore", "--detach", target)
     assert restored.status == 0, restored
     goes_on(rig, restored.stdout.strip())
-    assert rig.output(restored.stdout.strip())[-2:].count("full") == 1
+    assert rig.output(restored.stdout.strip())[-2:].count("kept") == 1
 
 
+TAKEN = {
+    "a mount": (lambda c: subprocess.run(["mount", "-t", "tmpfs", "tmpfs", c], check=True), "cannot be replaced"),
+    "a file of the user's": (lambda c: (c / "precious").write_text("mine"), "holds something that is no checkpoint"),
+}
+
+
+@pytest.mark.parametrize("how", TAKEN)
 @pytest.mark.parametrize("rig", ["root"], indirect=True)
-def test_a_name_that_cannot_be_had_any_more(rig: Rig) -> None:
+def test_a_name_that_something_else_has_got_meanwhile(rig: Rig, how: str) -> None:
     """The job is in what was made alone by then: it is kept, and said."""
-    job = rig.run.background(f"dd if=/dev/urandom of=/dev/shm/x bs=1M count=200 2>/dev/null; {TICK}")
+    take, words = TAKEN[how]
+    job = rig.run.background(TICK)
     rig.reaches(job, "2")
     target = rig.freeze(job, "c", "--leave-running")
-    asking = rig.run.popen("checkpoint", "--to", target, job)
     building = Path(f"{target}.{job}.new")
-    eventually(lambda: any(building.glob("processes/*")), "it is being made")
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True)
-    try:
-        said = asking.communicate(timeout=60)[1].decode()
-    finally:
+    with not_ending(rig, job):
+        asking = rig.run.popen("checkpoint", "--to", target, job)
+        eventually(lambda: manifest.exists(str(building)), "the job is in the checkpoint alone")
+        take(target)
+    said = asking.communicate(timeout=60)[1].decode()
+    if how == "a mount":
         subprocess.run(["umount", target], check=True)
     assert asking.returncode == 125
-    assert f"{target} could not be put in its place: Device or resource busy; the whole checkpoint is {building}" in said
+    assert words in said
+    assert f"the checkpoint is complete, and is {building}" in said
+    rig.run("wait", job)
+    result = json.loads(rig.run("inspect", job).stdout)["result"]
+    assert (result["reason"], result["message"]) == ("lost", said.splitlines()[0].removeprefix("imgrun: "))
     restored = rig.run("restore", "--detach", building)
     assert restored.status == 0, restored
     goes_on(rig, restored.stdout.strip())
 
 
+def test_killed_at_the_very_end_of_an_archive(rig: Rig) -> None:
+    """It is complete before the job is killed."""
+    job = rig.run.background(TICK)
+    rig.reaches(job, "2")
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    target = rig.path("c.tar")
+    with not_ending(rig, job):
+        asking = rig.run.popen("checkpoint", "--archive", target, job)
+        eventually(target.exists, "the archive has its name")
+        eventually(lambda: is_dying(rig, job), "the job is being ended")
+        assert kill(children(supervisor, "freezing")[0])
+    errors = asking.communicate(timeout=60)[1].decode()
+    assert asking.returncode == 0, errors
+    assert "the process that made the checkpoint was killed; it is good" in errors
+    assert rig.run("wait", job).status == 85
+    assert json.loads(rig.run("inspect", job).stdout)["result"]["reason"] == "checkpointed"
+    assert not list((rig.run.state / "jobs" / job).glob("*.new"))
+    restored = rig.run("restore", "--detach", target)
+    assert restored.status == 0, restored
+    goes_on(rig, restored.stdout.strip())
+
+
+def is_dying(rig: Rig, job: str) -> bool:
+    return processes.is_dying(json.loads((rig.run.state / "jobs" / job / "state.json").read_text())["init"])
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_a_full_disk_below_the_state_directory(rig: Rig) -> None:
+    """A checkpoint that nobody waits for is made all the same where its own disk has room, and ends no job if it cannot be."""
+    state = rig.make("state")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2M,mode=700", "tmpfs", state], check=True)
+    try:
+        env = {"IMGRUN_STATE_DIR": str(state)}
+        script = "dd if=/dev/zero of=/tmp/full bs=4k 2>/dev/null; echo full; read go; rm /tmp/full; echo $go"
+        flags = ("--checkpoint-dir", rig.path("c"), "--checkpoint-signal", "USR1")
+        process = rig.run.foreground(script, *flags, env=env)
+        expect(process, "full")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 85, process.communicate()
+        process = rig.run.foreground(script, *flags, env=env)
+        assert process.communicate(b"on\n", timeout=60)[0] == b"on\n"
+        assert process.returncode == 0
+    finally:
+        subprocess.run(["umount", state], check=True)
+
+
 def children(supervisor: int, what: str) -> list[int]:
     """The process that freezes, a child of the supervisor that has imgrun's name; and CRIU, two below."""
     found = []
-    own = [pid for pid in kids(supervisor) if b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    own = [pid for pid in kids(supervisor) if b"python" in command_line(pid)]
     if what == "freezing":
         return own
     for pid in own:
         for host in kids(pid):
             found += kids(host)
     return found
+
+
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def kids(pid: int) -> list[int]:
@@ -228,6 +334,8 @@ def test_the_supervisor_killed_half_way(rig: Rig) -> None:
     asking = rig.run.popen("checkpoint", "--to", rig.path("c"), job)
     building = rig.path(f"c.{job}.new")
     eventually(lambda: building.exists() and any((building / "processes").glob("*")))
+    assert kill(children(supervisor, "freezing")[0], signal.SIGSTOP)
+    assert not manifest.exists(str(building)), "it was ready too soon"
     assert kill(supervisor, signal.SIGKILL)
     assert asking.wait(30) == 125
     assert not manifest.exists(str(rig.path("c")))
@@ -305,6 +413,107 @@ def test_a_damaged_checkpoint_is_refused(rig: Rig, job: str) -> None:
     goes_on(rig, again)
 
 
+NONSENSE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no machine": lambda m: m["host"].pop("machine"),
+    "no processor": lambda m: m["host"].pop("cpu"),
+    "no vendor": lambda m: m["host"]["cpu"].pop("vendor"),
+    "a kernel that is a number": lambda m: m["host"].update(kernel=6),
+    "a CRIU that is a number": lambda m: m["host"].update(criu=4),
+    "not whose": lambda m: m.pop("rootless"),
+    "no ids": lambda m: m["ids"].pop("uid"),
+    "short ids": lambda m: m["ids"].update(uid=[[0]]),
+    "ids that are words": lambda m: m["ids"].update(uid=[["a", "b", "c"]]),
+    "no time": lambda m: m["usage"].pop("wall_seconds"),
+    "a time that is a word": lambda m: m["usage"].update(wall_seconds="long"),
+    "no input": lambda m: m["streams"].pop("0"),
+    "no error output": lambda m: m["streams"].update({"2": None}),
+    "files that are numbers": lambda m: m["files"].update({"shim": 7}),
+    "a size that is a word": lambda m: m["files"]["shim"].update(size="big"),
+    "a tree that is a list": lambda m: m.update(tree=[]),
+    "a mount for writing that is none": lambda m: m["image"].update(mount={}),
+}
+
+
+def test_a_manifest_that_makes_no_sense(rig: Rig, job: str) -> None:
+    good = rig.freeze(job)
+    before = (good / "manifest.json").read_text()
+    for name, change in NONSENSE.items():
+        remade(good, change)
+        done = rig.restore(good, "--detach")
+        refused(done, 125)
+        words = ("lacks what it should have", "makes no sense", "it was made by uid b", "shim has")
+        assert any(said in done.stderr for said in words), (name, done)
+        (good / "manifest.json").write_text(before)
+    for name in ("shim", "stdin"):  # which are read as a whole
+        length = (good / name).stat().st_size if (good / name).exists() else None
+        with (good / name).open("ab") as f:
+            f.truncate(1 << 30)
+        remade(good, lambda m, name=name: m["files"].update({name: {"size": 1 << 30, "xxh128": ""}}))  # type: ignore[misc]
+        refused(rig.restore(good, "--detach"), 125, f"{name} is larger than any that belongs there")
+        (good / name).unlink() if length is None else os.truncate(good / name, length)
+        (good / "manifest.json").write_text(before)
+    assert rig.run("check", good).status == 0
+
+
+def test_what_it_gets_of_the_host_is_said(rig: Rig) -> None:
+    bound = rig.make("bound")
+    flags = ("--userns", "off") if rig.root else ()
+    job = rig.run.background(TICK, "--bind", f"{bound}:/bound", "--bind", "/etc:/host:ro", "--network", "none", *flags)
+    rig.reaches(job, "2")
+    found = rig.run("check", rig.freeze(job))
+    assert found.status == 0
+    for words in (
+        "its root is one of the host" if rig.root else "its root is one of a user namespace", "--network none",
+        f"{bound}, for /bound, is there, and can be written to", "/etc, for /host, is there, and read-only",
+    ):  # fmt: skip
+        assert words in found.stdout, found
+
+
+PLACES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "layers": lambda m: m.update(layers=["../../../../victim"]),
+    "one more": lambda m: m["layers"].append("../../../../victim"),
+    "another": lambda m: m.update(layers=["upper", "tmp"]),
+    "memory": lambda m: m.update(memory=["/dev/shm", "/root"]),
+}
+
+NO_FILES = ("layers", "another")
+"""What an archive could not hold with these layers."""
+
+
+@pytest.mark.parametrize("how", ["directory", "archive"])
+def test_no_directory_but_the_jobs_own_is_filled(rig: Rig, job: str, how: str) -> None:
+    """What is to be replaced is removed before: here a directory that is there, by the new job's paths and the old one's."""
+    victim = rig.make("victim")
+    rig.make("victim/precious", "mine")
+    place = rig.make("one"), rig.make("one/two")
+    good = place[1] / "c"
+    rig.freeze(job, "one/two/c")
+    before = (good / "manifest.json").read_text()
+    for name, change in PLACES.items():
+
+        def changed(m: dict[str, Any], change: Callable[[dict[str, Any]], object] = change) -> None:
+            change(m)
+            m["files"].pop("files.list")
+
+        remade(good, changed)
+        bad = good
+        if how == "archive":
+            bad = rig.path("c.tar")
+            names = [
+                "manifest.json",
+                "files.list",
+                "shim",
+                "processes",
+                *(["--no-recursion"] if name in NO_FILES else []),
+                "files",
+            ]
+            subprocess.run(["tar", "--format=posix", "-C", good, "-cf", bad, *names], check=True)
+            rig.give(bad)
+        refused(rig.restore(bad, "--detach"), 125, "has files where no job of its kind has any")
+        assert (victim / "precious").read_text() == "mine", name
+        (good / "manifest.json").write_text(before)
+
+
 def test_somebody_elses_checkpoint(rig: Rig, job: str) -> None:
     good = rig.freeze(job)
     owner = good.stat()
@@ -341,6 +550,28 @@ def test_a_failure_of_criu_leaves_nothing(rig: Rig, job: str) -> None:
     assert Path(log).stat().st_size > 0
     assert sorted((p.name, p.lstat().st_mtime_ns) for p in good.rglob("*")) == before
     assert rig.run("ps").stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_a_failure_of_criu_leaves_no_captured_image(rig: Rig, images: Images) -> None:
+    """Else the next attempt would take it for one that the job has."""
+    image = images.copy(images.filesystem("ext4"), rig.path("own.img"))
+    rig.run.image = str(image)
+    job = rig.run.background(TICK, "--writable")
+    rig.reaches(job, "2")
+    good = rig.freeze(job, "c", "--capture-image")
+    image.unlink()
+    broken = rig.path("broken")
+    subprocess.run(["cp", "-a", good, broken], check=True)
+    (broken / "processes/inventory.img").write_bytes(b"nothing")
+    remade(broken, lambda m: m.update(files=manifest.describe_files(str(broken))))
+    put = rig.path("put.img")
+    refused(rig.restore(broken, "--image", put), 125, "CRIU could not bring the job's processes back")
+    assert not put.exists()
+    (again,) = rig.restore(good, "--detach", "--image", put).stdout.split()
+    goes_on(rig, again)
+    assert rig.run("rm", "--force", again).status == 0
+    assert put.exists()
 
 
 # -- what has changed in between ---------------------------------------------------------------------------------------

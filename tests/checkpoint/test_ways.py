@@ -12,7 +12,10 @@ import pytest
 from command import eventually, expect, refused
 
 from images import Images
+from imgrun import Job
 from imgrun.checkpoints import manifest
+from imgrun.checkpoints.audit import audit
+from imgrun.errors import JobStateError
 
 from .conftest import Rig
 
@@ -98,8 +101,74 @@ def test_the_image_too(rig: Rig, images: Images) -> None:
     refused(rig.restore(target, "--image", rig.path("fourth.img")), 125, "image.img was changed")
 
 
+MEMORY_FILES = """
+cd /dev/shm; truncate -s 4G hole; echo end >> hole; mkdir dir; echo a > dir/file; ln dir/file second; ln -s dir/file link
+mkfifo dir/fifo; chmod 1750 dir; touch -d @86400 dir dir/file; echo mine > /mem/file; echo job > /mem/bound/file
+echo ready; read go; echo $go; tail -c 4 hole; stat -c %s hole; du -k hole | cut -f1
+readlink link; test -p dir/fifo && cat second; stat -c '%a %Y %h' dir/file; stat -c '%a %Y' dir; cat /mem/file /mem/bound/file
+"""
+
+
+def test_memory_file_systems_as_they_were(rig: Rig) -> None:
+    """Holes, which a job can make of any size, stay holes; and what is bound into one is the host's."""
+    bound = rig.make("bound")
+    bound.chmod(0o777)
+    process = rig.run.foreground(MEMORY_FILES, "--name", "x", "--tmpfs", "/mem", "--bind", f"{bound}:/mem/bound")
+    expect(process, "ready")
+    target = rig.freeze("x")
+    assert process.wait(60) == 85
+    assert sum(path.lstat().st_size for path in target.rglob("*") if path.is_file()) < 64 << 20
+    assert (bound / "file").read_text() == "job\n"
+    (bound / "file").write_text("host\n")
+    done = rig.restore(target, stdin="go\n")
+    words = ["go", "end", "4294967300", "4", "dir/file", "a", "644 86400 2", "1750 86400", "mine", "host"]
+    assert (done.status, done.stdout.splitlines()) == (0, words), done
+
+
+@pytest.mark.parametrize("way", ["replaced", "removed"])
+def test_the_image_that_the_job_has_is_the_one_that_counts(rig: Rig, way: str) -> None:
+    """Another may have been put at its path since, by renaming."""
+    own, kept = rig.path("own.img"), rig.path("kept.img")
+    shutil.copy(rig.image, own)
+    os.link(own, kept)
+    rig.give(own)
+    rig.run.image = str(own)
+    process = rig.run.foreground("echo ready; read go; echo $go", "--name", "x")
+    expect(process, "ready")
+    if way == "replaced":
+        shutil.copy(kept, rig.path("new.img"))
+        with rig.path("new.img").open("r+b") as f:
+            f.write(b"another")
+        rig.give(rig.path("new.img"))
+        rig.path("new.img").rename(own)
+    else:
+        own.unlink()
+    done = rig.run("checkpoint", "--to", rig.path("c"), "x")
+    assert (done.status, done.stderr.count("\n")) == (0, 1), done
+    assert f"{own} is not the image that the job has" in done.stderr
+    assert process.wait(60) == 85
+    words = "is not the image that it was" if way == "replaced" else "is not there"
+    refused(rig.restore(rig.path("c"), stdin="go\n"), 125, words)
+    assert rig.restore(rig.path("c"), "--image", kept, stdin="go\n").stdout == "go\n"
+
+
+@pytest.mark.parametrize("to", ["--to", "--archive"])
+def test_an_image_without_a_name_is_captured(rig: Rig, images: Images, to: str) -> None:
+    rig.run.image = str(images.copy(images.filesystem("ext4"), rig.path("own.img")))
+    rig.give(rig.path("own.img"))
+    process = rig.run.foreground("echo 1 > /new; echo ready; read go; cat /new; echo $go", "--writable", "--name", "w")
+    expect(process, "ready")
+    rig.path("own.img").unlink()
+    done = rig.run("checkpoint", "--capture-image", to, rig.path("c"), "w")
+    assert done.status == 0, done
+    assert "is not the image that the job has" in done.stderr
+    assert process.wait(60) == 85
+    done = rig.restore(rig.path("c"), "--image", rig.path("new.img"), stdin="2\n")
+    assert (done.status, done.stdout) == (0, "1\n2\n"), done
+
+
 def test_what_the_job_wrote_is_checked(rig: Rig) -> None:
-    script = "echo a > /root/file; ln -s a /root/link; echo ready; read go; cat /root/file"
+    script = "echo a > /root/file; ln -s a /root/link; truncate -s 3072G /root/huge; echo ready; read go; cat /root/file"
     process = rig.run.foreground(script, "--name", "x")
     expect(process, "ready")
     target = rig.freeze("x")
@@ -113,6 +182,9 @@ def test_what_the_job_wrote_is_checked(rig: Rig) -> None:
     (upper / "new").unlink()
     (upper / "link").unlink()
     refused(rig.restore(target), 125, "files/upper/root/link is missing")
+    os.truncate(upper / "huge", 4 << 40)  # too large for a hash
+    refused(rig.restore(target), 125, "files/upper/root/huge was changed")
+    os.truncate(upper / "huge", 3 << 40)
     (upper / "link").symlink_to("a")
     if not rig.root:
         os.chown(upper / "link", rig.run.user.uid, rig.run.user.gid, follow_symlinks=False)  # type: ignore[union-attr]
@@ -194,6 +266,18 @@ def test_timings_and_statistics(rig: Rig) -> None:
     assert 0 < record["frozen_seconds"] < record["total_seconds"]
     assert record["pages_written"] > 0
     assert record["bytes"] > 0
+
+
+@ROOT
+def test_the_audit_of_a_job_that_ends_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMGRUN_STATE_DIR", str(rig.run.state))
+    job = Job.find(rig.run.background("sleep 1000"))
+    init = job.init_pid()
+    job.kill()
+    eventually(lambda: not Path(f"/proc/{init}").exists(), "it has ended")
+    monkeypatch.setattr(job, "init_pid", lambda: init)  # as it was when it was asked
+    with pytest.raises(JobStateError, match="is ending"):
+        audit(job)
 
 
 @ROOT

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import eventually
+from command import PATIENCE, eventually
 from forked import become, in_child, sleeper
 
 from imgrun import syscalls as sc
@@ -29,6 +29,7 @@ from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups import plan as cgroup_plan
 from imgrun.isolation.cgroups.cgroup import IoMax, JobCgroup, Limits
+from imgrun.isolation.cgroups.oom import Culprit
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -258,6 +259,12 @@ def test_cgroups_that_the_job_made_inside_go_too(jobs: Jobs) -> None:
 # ---- limits ---------------------------------------------------------------------------------------------------
 
 
+def culprit(job: JobCgroup) -> Culprit:
+    levels = job.memory.levels()
+    assert levels is not None
+    return levels.culprit()
+
+
 def test_memory_limit_kills_and_counts(jobs: Jobs) -> None:
     job = jobs.create(Limits(memory=32 * MIB, swap=0))
     source, events = job.memory.event_source()
@@ -306,11 +313,19 @@ def test_a_job_within_its_memory_is_left_alone(jobs: Jobs, on_disk: Path) -> Non
 
     assert jobs.wait(jobs.run(job, work))[0] == 0
     assert job.memory.kills() == 0
+    assert (job.memory.events().at_limit or 0) > 0
+    assert culprit(job).whose == "host", "if it were killed now, that would not be for its own limit"
     usage = job.usage()
     assert usage.memory_file is not None
     assert usage.memory_anon is not None
     assert usage.memory_file > 16 * MIB
     assert usage.memory_anon < 4 * MIB
+
+
+def test_who_was_killed_before_anybody_looked_met_his_limit(jobs: Jobs) -> None:
+    job = jobs.create(Limits(memory=32 * MIB, swap=0))
+    assert jobs.wait(jobs.run(job, lambda: fill(256 * MIB)))[0] == -signal.SIGKILL
+    assert culprit(job).whose == "job"
 
 
 def test_kills_in_nested_cgroups_count(jobs: Jobs) -> None:
@@ -335,6 +350,7 @@ def test_a_limit_above_the_job_holds_too(world: str) -> None:
         pytest.skip("memory is not in v1 here")
     slot = f"{memory.own}/{fs.PREFIX}{new_id()}"
     os.mkdir(slot)
+    held = cgroup_dirs.hold(slot)
     fs.write(f"{slot}/memory.limit_in_bytes", str(48 * MIB))
     pid = os.fork()
     if pid == 0:
@@ -348,12 +364,15 @@ def test_a_limit_above_the_job_holds_too(world: str) -> None:
             job = jobs.create(Limits(memory=256 * MIB, swap=0))
             under = any(path.startswith(f"{slot}/") for path in job.paths)
             code = jobs.wait(jobs.run(job, lambda: fill(200 * MIB)))[0]
-            status = 0 if under and code == -signal.SIGKILL and job.memory.kills() == 1 else 1
+            told = culprit(job) == Culprit("above", slot, 48 * MIB)
+            status = 0 if under and code == -signal.SIGKILL and job.memory.kills() == 1 and told else 1
             jobs.close()
         finally:
             os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.rmdir(slot)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    cgroup_dirs.remove_patiently([slot], 5)
+    os.close(held)
+    assert status == 0
 
 
 _real_discover = fs.discover
@@ -934,12 +953,16 @@ def slot(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(cgroup_plan, "ACCOUNTING", frozenset((controller,)))
     before = (fs.text(f"{above}/cgroup.subtree_control") or "").split()
     cgroup_place.hand_out(above, frozenset((controller,)))
+    for name in ("LOCK_TIMEOUT", "GIVE_BACK_TIMEOUT", "HAND_OUT_TIMEOUT"):
+        monkeypatch.setattr(cgroup_place, name, PATIENCE)
     path = f"{above}/{fs.PREFIX}{new_id()}"
     os.mkdir(path)
+    held = cgroup_dirs.hold(path)
     try:
         yield path
     finally:
         cgroup_dirs.remove_patiently([path], 5)
+        os.close(held)
         if controller not in before:
             fs.write(f"{above}/cgroup.subtree_control", f"-{controller}")
         cgroup_place.give_back(above)
@@ -969,6 +992,25 @@ def test_processes_in_the_way_are_moved_aside_and_back(slot: str) -> None:
             assert own_v2().endswith(f"/{name}")
             assert cgroup_dirs.subtree(slot) == [slot]
             assert fs.text(f"{slot}/cgroup.subtree_control") == ""
+
+    in_child(work)
+
+
+@pytest.mark.parametrize(("file", "most"), [("max.descendants", 1), ("max.descendants", 0), ("max.depth", 0)])
+def test_a_start_that_fails_leaves_processes_where_they_were(slot: str, file: str, most: int) -> None:
+    """The leaf for them can be made, but no job beside it; or not even that."""
+    fs.write(f"{slot}/cgroup.{file}", str(most))
+
+    def work() -> None:
+        fs.write(f"{slot}/cgroup.procs", "0")
+        with pytest.raises(StartError, match=rf"the cgroup {slot}/imgrun-[0-9a-f]+ cannot be made: ") as error:
+            JobCgroup.create(new_id(), Limits())
+        assert error.value.hint
+        assert cgroup_dirs.subtree(slot) == [slot]
+        assert fs.text(f"{slot}/cgroup.subtree_control") == ""
+        if most == 0:
+            with pytest.raises(LimitError, match="imgrun-host for its processes cannot be made"):
+                cgroup_place.hand_out(slot, cgroup_plan.ACCOUNTING)
 
     in_child(work)
 

@@ -352,6 +352,21 @@ def test_v2_writes_nothing_of_controllers_that_it_has_not(tmp_path: Path) -> Non
     assert job.usage().memory_peak is None
 
 
+def test_v2_memory_that_a_running_job_comes_to_have_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its parent had nothing to hand out when it started."""
+    monkeypatch.setattr(cgroup, "bound_to_v1", lambda controller: False)
+    directory = v2_job(tmp_path, cgroup__controllers="pids\n")
+    job = cgroup.JobCgroup([directory])
+    assert (job.memory.kills(), job.memory.event_source(), job.memory.levels()) == (None, (-1, 0), None)
+    Path(directory.path, "cgroup.controllers").write_text("memory pids\n")
+    job.set_limits(Limits(memory=1 << 30))
+    assert job.memory.kills() == 3
+    assert job.memory.event_source()[0] >= 0
+    assert job.memory.levels() is not None
+    assert content(directory, "memory.oom.group")[0] == "1", "it dies as a whole"
+    job.close()
+
+
 # ---- v1's order of writing ---------------------------------------------------------------------------------------
 
 

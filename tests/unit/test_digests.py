@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import xxhash
 from command import eventually
 
+from imgrun.apart import apart
 from imgrun.checkpoints.ahead import Ahead
-from imgrun.checkpoints.digests import PIECE, digests
+from imgrun.checkpoints.digests import LARGEST, PIECE, digests, lines
+from imgrun.checkpoints.manifest import COMPARING
 
 MEMORY = "processes/pages-1.img"
 EARLIER = "processes/pre-1/pages-1.img"
@@ -43,6 +46,37 @@ def test_a_hole_is_like_zeros(tmp_path: Path, top: int) -> None:
     with open(tmp_path / "file", "wb") as f:
         f.truncate(2 * PIECE + 10)
     assert digests(top, ["file"])["file"].xxh128 == whole(bytes(2 * PIECE + 10))
+
+
+def test_holes_take_no_time_and_no_memory(tmp_path: Path, top: int) -> None:
+    """A job can make files of any size that take nothing on the disk: they are read apart, with little memory."""
+    for number, size in enumerate((LARGEST, LARGEST, LARGEST, LARGEST + 1)):
+        with open(tmp_path / f"processes/{number}", "wb") as f:
+            f.write(b"begin")
+            f.seek(size // 2)
+            f.write(b"middle")
+            f.truncate(size)
+    found = apart(lambda: [json.loads(line) for line in lines(top, ["processes"])], memory=COMPARING)
+    assert [line[4] for line in found] == [0, LARGEST, LARGEST, LARGEST, LARGEST + 1]
+    assert found[0][5] is None
+    assert found[1][5] == found[2][5] == found[3][5] is not None
+    assert found[4][5] is None
+    with open(tmp_path / "processes/2", "r+b") as f:
+        f.seek(LARGEST - PIECE - 1)
+        f.write(b"x")
+    assert json.loads(next(lines(top, ["processes/2"])))[5] != found[1][5]
+
+
+@pytest.mark.parametrize("data", [(), (0,), (1,), (2,), (3,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("size", [3 * PIECE, 3 * PIECE + 5])
+def test_holes_anywhere_are_like_zeros(tmp_path: Path, top: int, data: tuple[int, ...], size: int) -> None:
+    with open(tmp_path / "file", "wb") as f:
+        f.truncate(size)
+        for piece in data:
+            if piece * PIECE < size:
+                f.seek(piece * PIECE)
+                f.write(b"x")
+    assert digests(top, ["file"])["file"][:2] == (size, whole((tmp_path / "file").read_bytes()))
 
 
 def test_memory_is_hashed_while_it_is_written(tmp_path: Path, top: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,22 +10,30 @@ from pathlib import Path
 import pytest
 
 from imgrun import syscalls as sc
-from imgrun.checkpoints import manifest
-from imgrun.checkpoints.placing import adopt, put_in_place
+from imgrun.checkpoints import captured, manifest
+from imgrun.checkpoints.placing import adopt, publish, put_in_place
 from imgrun.errors import CheckpointError
 from imgrun.spec import JobSpec
 
 
-def make(path: Path, name: str, created_at: str = "2026-01-01T00:00:00.000Z") -> Path:
+SPEC = JobSpec(image="/i", command=("c",))
+
+
+def make(path: Path, name: str) -> Path:
     """A complete checkpoint without a job in it, made as ``name``."""
     (path / "files").mkdir(parents=True)
+    (path / "processes").mkdir()
     (path / "work").mkdir()
     (path / "work/criu.log").write_text("log")
-    record = {key: kind() for key, kind in manifest.SHAPE.items()} | {
-        "format": manifest.FORMAT, "job": name, "created_at": created_at,
-        "spec": JobSpec(image="/i", command=("c",)).to_dict(),
+    record = {
+        "format": manifest.FORMAT, "imgrun": "1", "job": name, "id": name, "created_at": "2026-01-01T00:00:00.000Z",
+        "spec": SPEC.to_dict(), "layers": [*captured.LAYERS], "memory": captured.memory_places(SPEC), "image": {}, "files": {},
+        "statistics": {}, "usage": {"wall_seconds": 0}, "ids": {"uid": []}, "streams": {"0": "", "1": "", "2": ""},
+        "host": {"machine": "x", "kernel": "6", "cpu": {"features": []}}, "last_pid": 1, "userns": True, "rootless": False,
+        "hostname": "h",
     }  # fmt: skip
-    (path / manifest.MANIFEST).write_text(json.dumps(record | {"checksum": manifest.checksum(record)}))
+    text = json.dumps(record | {"checksum": manifest.checksum(record)}, indent=1)
+    (path / manifest.MANIFEST).write_text(text)
     return path
 
 
@@ -61,7 +69,7 @@ def test_it_gets_its_name_and_what_the_job_wrote(tmp_path: Path, older: str) -> 
     assert name_of(target) == "new"
     assert (target / "files/upper/mine").read_text() == "scratch"
     assert not (target / "files/tmp/mine").exists(), "what was saved while the job stood still is not replaced"
-    assert sorted(path.name for path in target.iterdir()) == ["dump.log", "files", "manifest.json"]
+    assert sorted(path.name for path in target.iterdir()) == ["dump.log", "files", "manifest.json", "processes"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "scratch"]
 
 
@@ -104,30 +112,29 @@ def test_files_that_cannot_be_moved_are_copied_whole_or_not(tmp_path: Path, monk
 def test_a_name_that_something_else_has_got_meanwhile(tmp_path: Path) -> None:
     building, target = make(tmp_path / "c.j.new", "new"), tmp_path / "c"
     target.write_text("a file")
-    with pytest.raises(CheckpointError, match=f"Not a directory; the whole checkpoint is {building}"):
+    with pytest.raises(CheckpointError, match=f"it is no directory; the checkpoint is complete, and is {building}"):
         put_in_place(str(building), str(target), str(tmp_path / "scratch"))
     assert name_of(building) == "new"
     target.unlink()
-    assert adopt(str(building), str(target), str(tmp_path / "scratch"))
+    assert adopt(str(building), str(target), str(tmp_path / "scratch"), "new")
     assert name_of(target) == "new"
 
 
-@pytest.mark.parametrize(("there", "made", "adopted"), [("1", "2", True), ("2", "1", False), ("1", "1", False)])
-def test_the_newer_one_has_the_name(tmp_path: Path, there: str, made: str, adopted: bool) -> None:
-    """What is older was replaced by its maker, who was killed before it could remove it."""
-    target = make(tmp_path / "c", "there", f"2026-01-0{there}T00:00:00.000Z")
-    building = make(tmp_path / "c.j.new", "made", f"2026-01-0{made}T00:00:00.000Z")
-    assert adopt(str(building), str(target), str(tmp_path / "scratch")) == adopted
-    assert name_of(target) == ("made" if adopted else "there")
-    assert building.exists() == (not adopted)
+def test_what_was_in_its_place_already_stays_there(tmp_path: Path) -> None:
+    """Its maker was killed before it could remove the older one."""
+    target, building = make(tmp_path / "c", "new"), make(tmp_path / "c.j.new", "old")
+    assert adopt(str(building), str(target), str(tmp_path / "scratch"), "new")
+    assert name_of(target) == "new"
+    assert not building.exists()
 
 
 def test_what_is_not_complete_or_somebody_elses_is_not_adopted(tmp_path: Path) -> None:
     building, target = make(tmp_path / "c.j.new", "new"), tmp_path / "c"
+    assert not adopt(str(building), str(target), str(tmp_path / "scratch"), "another")
     (building / manifest.MANIFEST).rename(building / "manifest.json.new")
-    assert not adopt(str(building), str(target), str(tmp_path / "scratch"))
-    (building / "manifest.json.new").rename(building / manifest.MANIFEST)
+    assert not adopt(str(building), str(target), str(tmp_path / "scratch"), "new")
+    publish(str(building))
     if os.geteuid() == 0:
         os.chown(building, 1234, 1234)
-        assert not adopt(str(building), str(target), str(tmp_path / "scratch"))
+        assert not adopt(str(building), str(target), str(tmp_path / "scratch"), "new")
     assert not target.exists()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+from forked import in_child
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imgrun import syscalls as sc
 from imgrun.accounting import kernel_log, verdict
-from imgrun.accounting.kernel_log import KernelLog, Told
+from imgrun.accounting.kernel_log import KernelLog, Told, own_ids
 from imgrun.accounting.processes import Process, largest
 from imgrun.accounting.verdict import MemoryWatch, next_size
 from imgrun.isolation.cgroups import fs, oom
@@ -18,6 +21,7 @@ from imgrun.isolation.cgroups.cgroup import JobCgroup
 from imgrun.isolation.cgroups.oom import Culprit, Levels
 from imgrun.isolation.cgroups.v1 import V1Directory
 from imgrun.isolation.cgroups.v2 import V2Directory
+from imgrun.isolation.userns import IdMap, IdRange, write_maps
 from imgrun.units import format_size, parse_size
 
 MIB = 1 << 20
@@ -50,8 +54,12 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
 # -- whose limit --------------------------------------------------------------------------------------------------------
 
 
+def levels_of(directory: V1Directory | V2Directory, *, event: bool = False) -> Levels:
+    return Levels(directory, lambda: event)
+
+
 def test_v2_the_jobs_own(tree: Tree) -> None:
-    levels = Levels(tree.directory)
+    levels = levels_of(tree.directory)
     tree.events(tree.job, out=1, kills=1)
     tree.events(tree.slot, out_below=1)
     assert levels.culprit() == Culprit("job", str(tree.job), 64 * MIB)
@@ -59,7 +67,7 @@ def test_v2_the_jobs_own(tree: Tree) -> None:
 
 def test_v2_the_slots(tree: Tree) -> None:
     tree.events(tree.slot, out=3)  # of jobs before this one
-    levels = Levels(tree.directory)
+    levels = levels_of(tree.directory)
     assert levels.at_own_limit()
     tree.events(tree.job, kills=1)
     assert levels.culprit() == Culprit("host")
@@ -71,7 +79,7 @@ def test_v2_the_slots(tree: Tree) -> None:
 def test_v2_where_a_part_of_the_hierarchy_is_mounted_its_top_is_a_slot_too(tree: Tree) -> None:
     (tree.top / "memory.max").write_text(f"{128 * MIB}\n")
     tree.events(tree.top)
-    levels = Levels(tree.directory)
+    levels = levels_of(tree.directory)
     tree.events(tree.top, out=1)
     assert levels.culprit() == Culprit("above", str(tree.top), 128 * MIB)
 
@@ -93,7 +101,7 @@ def test_v1_without_a_limit_of_its_own_it_was_the_tightest_above(tmp_path: Path,
         (path / "memory.limit_in_bytes").write_text(f"{limit}\n")
     mount = fs.Mount(1, ("memory",), "/", str(tmp_path), 0, True)
     monkeypatch.setattr(oom.fs, "parse_mounts", lambda text: [mount])
-    levels = Levels(V1Directory(str(job), ("memory",)))
+    levels = levels_of(V1Directory(str(job), ("memory",)))
     assert levels.culprit() == Culprit("host"), "no event has come"
     levels.note_event()
     assert levels.culprit() == Culprit("above", str(job.parent), 700 * MIB)
@@ -104,6 +112,22 @@ def test_v1_without_a_limit_of_its_own_it_was_the_tightest_above(tmp_path: Path,
     levels.note_event()
     assert levels.culprit() == Culprit("job", str(job), 64 * MIB)
     assert levels.at_own_limit()
+
+
+@pytest.mark.parametrize(("event", "whose"), [(False, "host"), (True, "job")])
+def test_v1_a_job_that_fills_its_limit_with_page_cache_has_not_run_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: bool, whose: str
+) -> None:
+    """The kernel tells the cgroup when a limit is why it kills, and not when the host has no memory."""
+    job = tmp_path / "imgrun-j"
+    job.mkdir()
+    files = {"limit_in_bytes": 64 * MIB, "max_usage_in_bytes": 64 * MIB, "failcnt": 12345}
+    for name, value in files.items():
+        (job / f"memory.{name}").write_text(f"{value}\n")
+    (tmp_path / "release_agent").touch()  # which the root of a hierarchy has
+    mount = fs.Mount(1, ("memory",), "/", str(tmp_path), 0, True)
+    monkeypatch.setattr(oom.fs, "parse_mounts", lambda text: [mount])
+    assert levels_of(V1Directory(str(job), ("memory",)), event=event).culprit().whose == whose
 
 
 # -- holding with v2 ----------------------------------------------------------------------------------------------------
@@ -178,10 +202,31 @@ def test_a_log_that_leaves_out_lines_is_read_by_user(tree: Tree, log: list[str],
     monkeypatch.setattr(verdict, "own_ids", lambda init: range(5000, 6000))
     watch = watch_of(tree)
     tree.events(tree.job, out=1, kills=1)
-    log += [KILLED.format("theirs", 4999), KILLED.format("ours", 5500)]
+    log += [KILLED.format("theirs", 4999), OOM.format("imgrun-j"), KILLED.format("ours", 5500), KILLED.format("theirs", 0)]
     told = watch.verdict(None, 64 * MIB)
     assert "ours 41 MiB" in told.message
     assert "theirs" not in told.message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give ids to a user namespace")
+def test_which_ids_are_the_jobs_alone() -> None:
+    """Those of its user namespace, unless its supervisor is in that too, as an ordinary user's is: with all he runs."""
+    ids = (IdRange(0, 5000, 10),)
+    job = sc.userns_holder()
+    try:
+        write_maps(job, IdMap(ids, ids))
+        assert own_ids(job) == range(5000, 5010)
+        assert own_ids(os.getpid()) == range(0)
+
+        def inside() -> None:
+            fd = os.open(f"/proc/{job}/ns/user", os.O_RDONLY)
+            sc.setns(fd, sc.CLONE_NEWUSER)
+            assert own_ids(os.getpid()) == range(0)
+
+        in_child(inside)
+    finally:
+        os.kill(job, signal.SIGKILL)
+        os.waitpid(job, 0)
 
 
 def killed(pid: int, name: str, mib: int) -> str:

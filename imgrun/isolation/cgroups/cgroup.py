@@ -13,7 +13,7 @@ A limit that cannot be enforced is a LimitError, raised before anything was chan
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 
 from imgrun.errors import HostError, LimitError
 from imgrun.isolation.cgroups import dirs, fs, v1, v2
@@ -21,7 +21,6 @@ from imgrun.isolation.cgroups import limits as lim
 from imgrun.isolation.cgroups import place as cgroup_place
 from imgrun.isolation.cgroups.limits import IoMax, Limits
 from imgrun.isolation.cgroups.memory import JobMemory
-from imgrun.isolation.cgroups.place import Place
 from imgrun.isolation.cgroups.plan import bound_to_v1, plan
 from imgrun.isolation.cgroups.usage import CgroupUsage, MemoryEvents
 
@@ -55,7 +54,7 @@ class JobCgroup:
         self._directories = tuple(directories)
         self._held = list(held)
         self._clone_fd = -1
-        self.memory = JobMemory(self._with("memory"))
+        self.memory = JobMemory(lambda: self._with("memory"))
 
     @classmethod
     def create(
@@ -77,8 +76,8 @@ class JobCgroup:
         """
         places = plan(limits, accounting)
         name = fs.PREFIX + job_id
-        required = places.v2_wanted & lim.needed(limits).keys()
-        place = _settle(places.place, required, job_id)
+        required = bool(places.v2_wanted & lim.needed(limits).keys())
+        place = cgroup_place.settle(places.place, required, job_id)
         directories: list[Directory] = [v1.V1Directory(f"{tree.own}/{name}", tree.controllers) for tree in places.v1]
         if place is not None:
             directories.insert(0, v2.V2Directory(f"{place.parent}/{name}"))
@@ -88,7 +87,7 @@ class JobCgroup:
         try:
             for directory in directories:
                 if directory.version == 2 and place is not None:
-                    _make_handed_out(directory.path, place, places.v2_wanted, required)
+                    cgroup_place.make(directory.path, place, places.v2_wanted, required)
                 else:
                     dirs.make(directory.path)
                 made.append(directory)
@@ -97,6 +96,7 @@ class JobCgroup:
                 directory.apply(limits)
             job = cls(made, held)
             job._refuse_missing(limits)
+            job.memory.event_source()  # what happens from the first process on is known to have happened
         except BaseException:
             try:
                 cls(made, held).remove()
@@ -321,6 +321,7 @@ class JobCgroup:
         for directory in self._directories:
             directory.apply(limits, live=True)
         self._refuse_missing(limits)
+        self.memory.levels()  # it may have got that controller only now
         return tuple(notes)
 
     def remove(self, timeout: float = 2.0) -> None:
@@ -347,36 +348,6 @@ class JobCgroup:
     def _unified(self) -> v2.V2Directory | None:
         first = self._directories[0] if self._directories else None
         return first if isinstance(first, v2.V2Directory) else None
-
-
-def _settle(place: Place | None, required: Set[str], job_id: str) -> Place | None:
-    """Where the v2 directory goes now, systemd having been asked for a scope if need be; None: it gets none.
-
-    Without a scope the job still has a directory, if the caller may make one, but no controllers: that must do unless a
-    limit requires them.
-    """
-    if place is not None and place.kind == "scope":
-        try:
-            return cgroup_place.enter_scope(job_id, place)
-        except LimitError:
-            if required:
-                raise
-            return place if fs.may_write(place.parent) else None
-    return None if place is None or place.kind == "none" else place
-
-
-def _make_handed_out(path: str, place: Place, wanted: frozenset[str], required: Set[str]) -> None:
-    """Make the v2 directory, its parent handing out the controllers that are wanted, if that is ours to change."""
-    if place.kind != "managed" or not wanted:
-        dirs.make(path)
-        return
-    with cgroup_place.locked(place.parent):
-        try:
-            cgroup_place.hand_out(place.parent, wanted)
-        except LimitError:
-            if required:
-                raise
-        dirs.make(path)
 
 
 def reopen(paths: Iterable[str]) -> JobCgroup:

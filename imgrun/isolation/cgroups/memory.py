@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from imgrun.errors import LimitError
@@ -16,10 +17,15 @@ if TYPE_CHECKING:
 class JobMemory:
     """The limit of one job's memory and the kills for it; where there is no such cgroup, nothing happens and is told."""
 
-    def __init__(self, directory: v1.V1Directory | v2.V2Directory | None) -> None:
-        """``directory`` is the one that has the controller."""
-        self._directory = directory
+    def __init__(self, find: Callable[[], v1.V1Directory | v2.V2Directory | None]) -> None:
+        """``find`` gives the directory that has the controller. With v2, a running job may come to have one."""
+        self._find = find
         self._event_fd = -1
+        self._levels: Levels | None = None
+
+    @property
+    def _directory(self) -> v1.V1Directory | v2.V2Directory | None:
+        return self._find()
 
     def kills(self) -> int | None:
         """How many of the job's processes the kernel killed for want of memory, whoever's memory it was."""
@@ -43,6 +49,16 @@ class JobMemory:
             except OSError:
                 return -1, 0
         return self._event_fd, (0x001 if self._directory.version == 1 else 0x002)
+
+    def has_event(self) -> bool:
+        """Whether an event has come that was not acknowledged. Those before the first ``event_source`` are not known."""
+        import select
+
+        if self._event_fd < 0:
+            return False
+        poll = select.poll()
+        poll.register(*self.event_source())
+        return bool(poll.poll(0))
 
     def acknowledge(self) -> None:
         """Take note of an event, so that epoll waits for the next."""
@@ -75,12 +91,17 @@ class JobMemory:
         return self._directory is not None and self._directory.is_full()
 
     def levels(self) -> Levels | None:
-        """What tells whose limit a kill for memory was; None without a memory cgroup. The caller closes it."""
+        """What tells whose limit a kill for memory was, if it came after the first call; None without a memory cgroup."""
         from imgrun.isolation.cgroups.oom import Levels
 
-        return None if self._directory is None else Levels(self._directory)
+        if self._levels is None and self._directory is not None:
+            self._levels = Levels(self._directory, self.has_event)
+        return self._levels
 
     def close(self) -> None:
+        if self._levels is not None:
+            self._levels.close()
+        self._levels = None
         if self._event_fd >= 0:
             os.close(self._event_fd)
         self._event_fd = -1

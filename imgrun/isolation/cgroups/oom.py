@@ -8,6 +8,7 @@ could be had (Documentation/admin-guide/cgroup-v2.rst).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from imgrun.isolation.cgroups import fs, v1, v2
@@ -30,8 +31,10 @@ class Culprit(NamedTuple):
 class Levels:
     """The job's memory cgroup and those above it, up to where the hierarchy is mounted."""
 
-    def __init__(self, directory: v1.V1Directory | v2.V2Directory) -> None:
+    def __init__(self, directory: v1.V1Directory | v2.V2Directory, has_event: Callable[[], bool]) -> None:
+        """``has_event``: whether the job's own cgroup has had an event that was not noted yet (v1)."""
         self._own = directory
+        self._has_event = has_event
         self._above: list[str] = []
         """From the outermost to the job's parent."""
         mount = fs.mount_of(directory.path, fs.parse_mounts(fs.read("/proc/self/mountinfo")))
@@ -45,7 +48,7 @@ class Levels:
         if not is_root and os.path.exists(f"{top}/{self._limit_file}"):
             self._above.insert(0, top)
         self._blind = not is_root
-        """Whether there are cgroups above that cannot be watched."""
+        """Whether there are cgroups above that cannot be watched, or were not yet when an event came."""
         self._fired: Culprit | None = None
         self._events: dict[str, int] = {}
         self._counts: dict[str, int] = {}
@@ -57,6 +60,7 @@ class Levels:
                     self._blind = True
             else:
                 self._counts[path] = self._times_out(path)
+        self._blind |= has_event()
 
     @property
     def _limit_file(self) -> str:
@@ -109,7 +113,7 @@ class Levels:
     def culprit(self) -> Culprit:
         """Who it was at the last kill in the job."""
         if self._own.version == 1:
-            if self._fired is None and self._own_was_full():
+            if self._fired is None and self._has_event():
                 self.note_event()  # the job ended before anybody looked, as where it could not even start
             return self._fired or Culprit("host")
         for path in self._above:

@@ -30,6 +30,8 @@ UNIT_SUFFIXES = (".service", ".scope", ".slice")
 OWN_LIMITS = ("memory.max", "memory.high", "memory.swap.max", "cpu.max", "cpuset.cpus", "io.max")
 """Limits of a unit that its processes must not get rid of by moving elsewhere."""
 
+OWN_CGROUP = "start imgrun in a cgroup of its own: systemd-run --scope -p Delegate=yes imgrun ..."
+
 
 class Place(NamedTuple):
     """Where the job's directory can be made, and what it will have there."""
@@ -115,6 +117,22 @@ def choose(tree: fs.Tree, wanted: frozenset[str]) -> Place:
         reason = f"the systemd unit {os.path.basename(unit or own)} is not delegated to its processes"
         hint = "set Delegate=yes for it, or start imgrun with: systemd-run --scope -p Delegate=yes imgrun ..."
     return Place("plain" if writable else "none", own, handed_out if writable else frozenset(), reason, hint)
+
+
+def settle(place: Place | None, required: bool, job_id: str) -> Place | None:
+    """Where the v2 directory goes now, systemd having been asked for a scope if need be; None: it gets none.
+
+    Without a scope the job still has a directory, if the caller may make one, but no controllers: that must do unless they
+    are ``required``. Raises LimitError.
+    """
+    if place is not None and place.kind == "scope":
+        try:
+            return enter_scope(job_id, place)
+        except LimitError:
+            if required:
+                raise
+            return place if fs.may_write(place.parent) else None
+    return None if place is None or place.kind == "none" else place
 
 
 def enter_scope(job_id: str, place: Place) -> Place:
@@ -227,6 +245,27 @@ def locked(directory: str, patience: float | None = None) -> Iterator[bool]:
         os.close(fd)
 
 
+def make(path: str, place: Place, wanted: frozenset[str], required: bool) -> None:
+    """Make a job's directory, its parent handing out the controllers that are wanted, if that is ours to change.
+
+    Raises StartError, and LimitError where they cannot be handed out and are ``required``; nothing stays then.
+    """
+    if place.kind != "managed" or not wanted:
+        dirs.make(path)
+        return
+    try:
+        with locked(place.parent):
+            try:
+                hand_out(place.parent, wanted)
+            except LimitError:
+                if required:
+                    raise
+            dirs.make(path)
+    except BaseException:
+        give_back(place.parent)
+        raise
+
+
 def hand_out(parent: str, wanted: frozenset[str]) -> frozenset[str]:
     """Enable the controllers for the children of ``parent``, as far as it has them. Returns those that are enabled.
 
@@ -284,12 +323,16 @@ def _vacate(directory: str) -> None:
         os.mkdir(leaf)
     except FileExistsError:
         pass
+    except OSError as e:
+        raise LimitError(
+            f"{directory} cannot hand out controllers: the cgroup {leaf} for its processes cannot be made: {e.strerror}",
+            f"raise its cgroup.max.descendants and cgroup.max.depth, or {OWN_CGROUP}",
+        ) from None
     problem = _move_all(directory, leaf)
     if problem is not None:
         pid, error = problem
         raise LimitError(
-            f"process {pid} keeps {directory} from handing out controllers and cannot be moved: {error.strerror}",
-            "start imgrun in a cgroup of its own: systemd-run --scope -p Delegate=yes imgrun ...",
+            f"process {pid} keeps {directory} from handing out controllers and cannot be moved: {error.strerror}", OWN_CGROUP
         )
 
 

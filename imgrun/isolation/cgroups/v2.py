@@ -28,7 +28,7 @@ class V2Directory:
         self.controls: frozenset[str] = frozenset(("freeze", "cpuacct"))
 
     def prepare(self) -> None:
-        """Learn what the new directory has; have the kernel kill the job as a whole if it must kill for memory."""
+        """Learn what the directory has now; have the kernel kill the job as a whole if it must kill for memory."""
         self.look()
         if "memory" in self.controls:
             try:
@@ -44,7 +44,7 @@ class V2Directory:
         if live:
             self._refuse_killing(limits)
             cgroup_place.hand_out_more(self.path, frozenset(lim.needed(limits)))
-            self.look()
+            self.prepare()
         for controller, option, name, value, default in self._settings(limits):
             if controller not in self.controls:
                 continue
