@@ -74,9 +74,9 @@ def save(subject: Subject, target: str, how: How, identifier: str, alone: Callab
         complete = True
         return Saved(saving.manifest, saving.timings, saving.warnings)
     except (CheckpointError, OSError) as e:
-        if (saving is not None and saving.alone and isinstance(e, CheckpointError)) or (
-            error := explained(e, building, target)
-        ) is e:
+        final = isinstance(e, CheckpointError) and saving is not None and saving.alone
+        error = e if final else explained(e, building, target)
+        if error is e:
             raise
         raise error from e
     finally:

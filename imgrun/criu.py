@@ -60,6 +60,8 @@ class Site(NamedTuple):
     """Descriptors for CRIU, by the variables of its environment that have their numbers."""
     fetches: bool = False
     """For a restore: whether memory is to be fetched from the images as the restored processes touch it."""
+    init: int = -1
+    """The pidfd of the job's PID 1, which is killed when that memory cannot be had."""
 
 
 class Session:
@@ -219,16 +221,18 @@ def _host(
             criu_end.close()
             if fetcher is not None and not fetcher.is_ready():
                 fetcher = None
+            # What a restored process waits for memory with, such as a pipe it reads, nobody else can close before it has it.
+            sc.close_others((channel.fileno(), *(fetcher.descriptors() if fetcher else ()), site.init))
             channel.send({"running": True, "fetches": fetcher is not None})
-            _serve(channel, child, fetcher, inside)
+            _serve(channel, child, fetcher, site.init, inside)
             put_last_pid_back(site.last_pid or last)
         finally:
             for place in (TOOLBOX, IMAGES, WORK):
                 with contextlib.suppress(HostError):
                     _detach(place)
-        if fetcher is not None:
-            sc.close_others(fetcher.descriptors())
-            status = 0 if fetcher.ends_well() else 1
+        if fetcher is not None and not fetcher.ends_well():
+            signal.pidfd_send_signal(site.init, signal.SIGKILL)
+            status = 1
     except Exception as e:  # noqa: BLE001 - all of it is for the process that asked
         try:
             channel.send({"error": f"{e}"})
@@ -279,7 +283,7 @@ def _attach(mount: int, place: str) -> None:
     os.close(found)
 
 
-def _serve(channel: Channel, child: int, fetcher: Fetcher | None, inside: Callable[[], None]) -> None:
+def _serve(channel: Channel, child: int, fetcher: Fetcher | None, init: int, inside: Callable[[], None]) -> None:
     """Do what is to be done in the job's mount namespace, each time it is asked for, until whoever asks is done."""
     poll = select.poll()
     poll.register(channel.fileno(), select.POLLIN)
@@ -292,7 +296,8 @@ def _serve(channel: Channel, child: int, fetcher: Fetcher | None, inside: Callab
             for fd in news:
                 poll.unregister(fd)
             if not fetcher.ends_well():
-                os.kill(child, signal.SIGKILL)  # what it has restored is not to run
+                os.kill(child, signal.SIGKILL)
+                signal.pidfd_send_signal(init, signal.SIGKILL)  # what has been restored is not to run, nor to wait for ever
         if channel.fileno() not in ready:
             continue
         received = channel.receive()

@@ -71,9 +71,11 @@ class Helper:
             lines = []
         return lines[-1].strip() if lines else "it said nothing"
 
-    def has_failed(self) -> bool:
-        """Reap it after its end, and tell whether that was anything but an orderly one."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
+    def has_failed(self, *, wait: bool = False) -> bool:
+        """Reap it after its end, if need be ``wait`` for that, and tell whether it was anything but an orderly one."""
+        if self.pid <= 0:
+            return False
+        pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
         if not pid:
             return False
         self.pid = 0

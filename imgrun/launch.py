@@ -413,6 +413,10 @@ class Launch:
             self.warnings.append(warning)
         self.mark("processes restored")
 
+    def lost_its_memory(self) -> bool:
+        """Of a job that has ended: whether that was because what fetched its memory could not go on."""
+        return self._fetching is not None and self._fetching.has_failed(wait=True)
+
     def changed_memory(self) -> tuple[str, str] | None:
         """What to say, and to do, where memory that the job needed was changed in the checkpoint; the job has not seen it."""
         if self._fetching is None or self.checkpoint is None:

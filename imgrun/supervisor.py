@@ -291,6 +291,8 @@ class Supervisor:
         self._ended = time.monotonic()
         _, self._wait_status, self._reaped = os.wait4(self.launch.pid, 0)
         self.launch.pid = 0
+        if self._reason is None and self.launch.lost_its_memory():
+            self._reason = "lost"
         self.streams.relay.stop_input()
 
     def _server_ended(self, servers: dict[int, Helper], fd: int) -> None:

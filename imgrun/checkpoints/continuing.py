@@ -116,7 +116,8 @@ def restore(
     manifest = checkpoint.manifest
     criu.toolbox()
     descriptors = namespaces.open_all(init)
-    opened = [*descriptors.values()]
+    pidfd = os.pidfd_open(init)
+    opened = [pidfd, *descriptors.values()]
     possible = lazily.possible() if checkpoint.lazy else None
     verifies = possible is not None and possible.verifies
     verifying = None if verifies else Beside(lambda: changed_memory(checkpoint))
@@ -138,8 +139,9 @@ def restore(
         last_pid = int(manifest["last_pid"])
         environment = lazily.write_digests(checkpoint, work) if verifies else {}
         site = criu.Site(
-            descriptors, toolbox, images, logs, bool(manifest["userns"]), join, clone_into, last_pid, inherit, environment
-        )
+            descriptors, toolbox, images, logs, bool(manifest["userns"]), join, clone_into, last_pid, inherit, environment,
+            init=pidfd,
+        )  # fmt: skip
         places = [str(place) for place in manifest["memory"]]
         try:
             pid = criu_rpc.restore(

@@ -21,12 +21,13 @@ KNOWN = (
 """What lines of CRIU's log mean to a person."""
 
 
-HARMLESS = ("net: Unexpected error: -1", "Can't setup RLIMIT_NOFILE", "can't get apparmor", "Can't open /proc/sys/net/")
+HARMLESS = ("net: Unexpected error: -1", "Can't setup RLIMIT_NOFILE", "can't get apparmor", "Can't open /proc/sys/net/",
+            "tun: Unable to create tun")  # fmt: skip
 """What CRIU logs as errors while it finds out what the kernel can do."""
 
 
 def explain(log: str, said: str = "") -> str:
-    """The cause of a failure in one sentence: from what CRIU logged as errors, the first, since the rest follows from it.
+    """The cause of a failure in one sentence: from what CRIU logged as errors, the first that is known, or the first.
 
     ``said`` is what it told over its socket, when there is no log.
     """
@@ -38,8 +39,8 @@ def explain(log: str, said: str = "") -> str:
     if any(word in said for word in HARMLESS):
         said = ""
     errors = [line for line in errors if not any(word in line for word in HARMLESS)]
-    for mark, meaning in KNOWN:
-        for line in errors:
+    for line in errors:
+        for mark, meaning in KNOWN:
             if mark in line:
                 return f"{meaning} ({line.partition('): ')[2] or line})"
     return errors[0].partition("): ")[2] or errors[0] if errors else said or "it gave no reason"

@@ -98,7 +98,8 @@ def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
         command = textwrap.shorten(" ".join(saved.command), 100, placeholder=" ...")
         raise RestoreError(f"{checkpoint.path} holds a job with another command: {command}", hint)
     pairs: list[tuple[str, object, object]] = [
-        (key, getattr(saved, key), getattr(spec, key)) for key in ("root", "userns", "init", "scratch_size", "network")
+        (key, getattr(saved, key), getattr(spec, key))
+        for key in ("root", "userns", "init", "seccomp", "scratch_size", "network")
     ]
     pairs.append(("mounts", sorted((m.dst, m.type) for m in saved.mounts), sorted((m.dst, m.type) for m in spec.mounts)))
     for key, was, asked in pairs:

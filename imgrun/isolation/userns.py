@@ -138,7 +138,11 @@ def hold_range(directory: str = HELD, *, wanted: int | None = None) -> HeldMap:
         preferred = (wanted,) if wanted is not None and wanted in starts else ()
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            held = _hold_one(directory, chain(preferred, starts[first:], starts[:first]))
+            looking = _look(directory, fcntl.LOCK_SH)
+            try:
+                held = _hold_one(directory, chain(preferred, starts[first:], starts[:first]))
+            finally:
+                os.close(looking)
         except OSError as e:
             raise HostError(
                 f"the job's range of ids cannot be held in {directory}: {e.strerror}",
@@ -156,23 +160,43 @@ def hold_range(directory: str = HELD, *, wanted: int | None = None) -> HeldMap:
 def drop_unheld(directory: str = HELD) -> None:
     """Remove the files of ranges whose holder was killed. Does what the caller may."""
     try:
-        names = os.listdir(directory)
+        looking = _look(directory, fcntl.LOCK_EX)
     except OSError:
         return
-    for name in names:
-        path = f"{directory}/{name}"
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:
-                os.unlink(path)  # while it is locked, as in HeldMap.close
-        except OSError:
-            pass  # it is held
-        finally:
-            os.close(fd)
+    try:
+        for name in os.listdir(looking):
+            _drop_unheld(f"{directory}/{name}")
+    finally:
+        os.close(looking)
+
+
+def _drop_unheld(path: str) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            os.unlink(path)  # while it is locked, as in HeldMap.close
+    except OSError:
+        pass  # it is held
+    finally:
+        os.close(fd)
+
+
+def _look(directory: str, how: int) -> int:
+    """A descriptor that keeps takers of ranges (LOCK_SH) and whoever drops them (LOCK_EX) apart while it is open.
+
+    What is about to be dropped is locked: a taker would take it for another job's.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _hold_one(directory: str, starts: Iterable[int]) -> HeldMap | None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from imgrun.checkpoints.refusals import unfreezable
-from imgrun.errors import ImgrunError, LimitError, SpecError
+from imgrun.errors import HostError, ImgrunError, LimitError, SpecError
 from imgrun.isolation.cgroups.limits import Limits
 from imgrun.isolation.rootless import is_host_root
 from imgrun.result import Result
@@ -183,8 +183,12 @@ class Site:
 
     def run(self, asked: JobSpec, foreground: Foreground, flags: dict[str, Any], result_file: str | None = None) -> int:
         """Continue the job where its checkpoint is, else start it; returns the exit status."""
-        os.makedirs(self.own, mode=0o700, exist_ok=True)
-        self._began_ns = os.stat(self._touched()).st_ctime_ns
+        try:
+            os.makedirs(self.own, mode=0o700, exist_ok=True)
+            self._began_ns = os.stat(self._touched()).st_ctime_ns
+        except OSError as e:
+            why = f"the sandbox {self.sandbox} cannot be written to: {e.strerror}"
+            raise HostError(why, "run it in a directory of yours") from e
         try:
             return self._run(asked, foreground, flags, result_file)
         finally:

@@ -81,9 +81,10 @@ class Site:
         changes = self._limits(asked)
         why = unfreezable(asked)
         if why is not None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, asked.checkpoint_signal or SIGNALS)
             self.warn(f"a preemption loses what the job has done: {why}")
-            return asked.with_changes(**changes, checkpoint_dir=None, checkpoint_every=None, checkpoint_signal=None)
+            # The directory stays: a checkpoint from another node is not to be passed over.
+            return asked.with_changes(**changes, checkpoint_every=None, checkpoint_signal=None)
         if asked.checkpoint_signal is None:
             changes["checkpoint_signal"] = SIGNALS
         spec = asked.with_changes(**changes)

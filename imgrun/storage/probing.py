@@ -178,4 +178,4 @@ def repair(info: ImageInfo) -> str:
         return f"repair it with: d=$({part}) && {check} $d; losetup -d $d"
     options = "loop" if info.partition is None else f"loop,offset={info.offset},sizelimit={info.size}"
     once = f"finish it by mounting it once: mount -o {options} {path} /mnt && umount /mnt"
-    return once + ("; if that fails, xfsrepair" if info.fstype == "xfs" else "; if that fails, btrfs rescue zero-log")
+    return once + ("; if that fails, xfs_repair" if info.fstype == "xfs" else "; if that fails, btrfs rescue zero-log")

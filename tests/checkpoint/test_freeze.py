@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
+import termios
 import time
-from pathlib import Path
+from typing import IO
 
 import pytest
 from command import Done, eventually, expect, refused
@@ -17,11 +20,36 @@ from images import Images
 from .conftest import Rig
 
 COUNT = "i=0; while [ $i -lt {n} ]; do i=$((i+1)); echo $i; echo $i >> /log; sleep 0.02; done; wc -l < /log"
+COUNT_ON = "i=0; until [ -e /data/go ]; do i=$((i+1)); echo $i; echo $i >> /log; {pause} done; wc -l < /log"
+"""As COUNT, until it is told to end by a Gate."""
 SLOW = os.environ.get("IMGRUN_SLOW", "") not in ("", "0")
 
 
 def numbers(last: int) -> list[str]:
     return [str(n) for n in range(1, last + 1)]
+
+
+def whole(seen: list[str]) -> bool:
+    """Whether these are all the lines of a COUNT_ON, each once."""
+    return seen == [*numbers(int(seen[-1])), seen[-1]]
+
+
+class Gate:
+    """A file for which a job waits, in this life or a later one, so that it is frozen before it goes on or ends."""
+
+    WAIT = "until [ -e /data/go ]; do sleep 0.01; done"
+
+    def __init__(self, rig: Rig) -> None:
+        data = rig.make("data")
+        self._file = data / "go"
+        self.bind = ("--bind", f"{data}:/data:ro")
+        """The words with which the job sees it."""
+
+    def open(self) -> None:
+        self._file.touch()
+
+    def close(self) -> None:
+        self._file.unlink()
 
 
 FILES = """
@@ -94,12 +122,11 @@ def test_a_writable_image(rig: Rig, images: Images) -> None:
 
 @pytest.mark.timeout(600 if SLOW else 120)
 def test_output_is_delivered_once_over_many_rounds(rig: Rig) -> None:
-    rounds = 100 if SLOW else 10
-    last = 40 * rounds
-    process = rig.run.foreground(COUNT.format(n=last), "--name", "count")
+    gate = Gate(rig)
+    process = rig.run.foreground(COUNT_ON.format(pause="sleep 0.02;"), "--name", "count", *gate.bind)
     expect(process, "5")
     seen = numbers(5)
-    for number in range(rounds):
+    for number in range(100 if SLOW else 10):
         target = rig.freeze("count", f"c{number % 2}")
         stdout, stderr = process.communicate(timeout=30)
         assert process.returncode == 85, stderr
@@ -107,23 +134,25 @@ def test_output_is_delivered_once_over_many_rounds(rig: Rig) -> None:
         process = rig.run.popen("restore", target)
         assert process.stdout is not None
         seen.append(process.stdout.readline().decode().strip())
-    stdout, stderr = process.communicate(timeout=300)
+    gate.open()
+    stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (0, b"")
-    assert seen + stdout.decode().split() == [*numbers(last), str(last)]
+    assert whole(seen + stdout.decode().split())
 
 
 def test_nothing_runs_between_the_freeze_and_the_end(rig: Rig) -> None:
     """A job that prints and writes without a pause says the same in both lives together as in one."""
-    script = "i=0; while [ $i -lt 600000 ]; do i=$((i+1)); echo $i; echo $i >> /log; done; wc -l < /log"
-    job = rig.run.background(script)
+    gate = Gate(rig)
+    job = rig.run.background(COUNT_ON.format(pause=""), *gate.bind)
     seen: list[str] = []
     for _ in range(3):
         eventually(lambda job=job: len(rig.output(job)) > 100)
         target = rig.freeze(job)
         seen += rig.output(job)
         job = rig.restore(target, "--detach").stdout.strip()
-    rig.run("wait", job)
-    assert seen + rig.output(job) == [*numbers(600000), "600000"]
+    gate.open()
+    assert rig.run("wait", job).status == 0
+    assert whole(seen + rig.output(job))
 
 
 def test_output_that_nobody_has_read_yet(rig: Rig) -> None:
@@ -133,7 +162,7 @@ def test_output_that_nobody_has_read_yet(rig: Rig) -> None:
     assert process.stdout is not None
     time.sleep(0.5)  # by now both pipes are full
     frozen = rig.run.popen("checkpoint", "--to", rig.path("c"), "full")
-    time.sleep(0.5)
+    eventually((rig.path("c") / "manifest.json").exists)
     first = process.stdout.read().decode().split()
     assert process.wait(30) == 85
     assert frozen.wait(30) == 0
@@ -155,12 +184,14 @@ def test_input_goes_on_where_it_stood(rig: Rig) -> None:
 
 def test_an_input_file_is_continued_in(rig: Rig) -> None:
     source = rig.make("source", "".join(f"{n:06}\n" for n in range(1, 100001)))
-    script = "while read n; do echo $n; test $n != 000020 || sleep 0.5; done"
+    gate = Gate(rig)
+    script = f"while read n; do echo $n; test $n != 000020 || {Gate.WAIT}; done"
     with source.open() as f:
-        process = rig.run.foreground(script, "--name", "file", stdin=f)
+        process = rig.run.foreground(script, "--name", "file", *gate.bind, stdin=f)
         expect(process, "000020")
         target = rig.freeze("file")
         before = process.communicate(timeout=30)[0].decode().split()
+    gate.open()
     with source.open() as f:
         after = rig.run.popen("restore", target, stdin=f).communicate(timeout=60)[0].decode().split()
     assert len(before) < 99980
@@ -168,78 +199,102 @@ def test_an_input_file_is_continued_in(rig: Rig) -> None:
 
 
 def test_input_that_had_ended_stays_so(rig: Rig) -> None:
-    process = rig.run.foreground("cat; echo end; sleep 1; cat; echo ended", "--name", "eof", stdin=subprocess.DEVNULL)
+    gate = Gate(rig)
+    script = f"cat; echo end; {Gate.WAIT}; cat; echo ended"
+    process = rig.run.foreground(script, "--name", "eof", *gate.bind, stdin=subprocess.DEVNULL)
     expect(process, "end")
     target = rig.freeze("eof")
     process.wait(30)
+    gate.open()
     assert rig.restore(target, stdin="more\n").stdout == "ended\n"
 
 
+def unread(pipe: IO[bytes] | None) -> int:
+    """Bytes in a pipe."""
+    assert pipe is not None
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def test_saved_input_reaches_a_background_job(rig: Rig) -> None:
-    process = rig.run.foreground("echo go; sleep 1; while read x; do echo got $x; done; echo end", "--name", "bg")
+    gate = Gate(rig)
+    script = f"echo go; {Gate.WAIT}; while read x; do echo got $x; done; echo end"
+    process = rig.run.foreground(script, "--name", "bg", *gate.bind)
     assert process.stdin is not None
     expect(process, "go")
     process.stdin.write(b"1\n2\n")
     process.stdin.flush()
-    time.sleep(0.1)
+    eventually(lambda: unread(process.stdin) == 0, "it is passed on to the job")
     target = rig.freeze("bg")
     process.wait(30)
+    gate.open()
     job = rig.restore(target, "--detach").stdout.strip()
     assert rig.run("wait", job).status == 0
     assert rig.output(job) == ["got 1", "got 2", "end"]
 
 
 def test_left_running_and_continued_later_twice(rig: Rig) -> None:
-    job = rig.run.background(COUNT.format(n=150))
+    gate = Gate(rig)
+    job = rig.run.background(COUNT_ON.format(pause="sleep 0.02;"), *gate.bind)
     rig.reaches(job, "10")
     target = rig.freeze(job, "c", "--leave-running")
+    gate.open()
     assert rig.run("wait", job).status == 0
-    assert rig.output(job) == [*numbers(150), "150"]
+    assert whole(rig.output(job))
     saved = sorted((p.relative_to(target), p.lstat()) for p in target.rglob("*"))
     for _ in range(2):
-        found = rig.restore(target).stdout.split()
-        assert int(found[0]) > 10
-        assert found == [*numbers(150), "150"][int(found[0]) - 1 :]
-    unread = [(path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in saved]
+        gate.close()
+        process = rig.run.popen("restore", target)
+        assert process.stdout is not None
+        first = int(process.stdout.readline())
+        assert first > 10
+        gate.open()
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) == (0, b"")
+        assert whole([*numbers(first), *stdout.decode().split()])
+    untouched = [(path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in saved]
     now = [(p.relative_to(target), p.lstat()) for p in target.rglob("*")]
-    assert sorted((path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in now) == unread, "it was changed"
+    assert sorted((path, s.st_ino, s.st_mtime_ns, s.st_size) for path, s in now) == untouched, "it was changed"
 
 
 def test_as_a_scheduler_drives_it(rig: Rig) -> None:
     """The same command line until it is done; a signal means freeze."""
     place = rig.path("spool")
-    words = ("--checkpoint-dir", place, "--checkpoint-signal", "USR1", "--time-limit", "60")
+    gate = Gate(rig)
+    words = ("--checkpoint-dir", place, "--checkpoint-signal", "USR1", "--time-limit", "60", *gate.bind)
     seen: list[str] = []
-    statuses = []
-    for _ in range(20):
-        process = rig.run.foreground(COUNT.format(n=120), *words)
+    for number in range(4):
+        if number == 3:
+            gate.open()
+        process = rig.run.foreground(COUNT_ON.format(pause="sleep 0.02;"), *words)
         assert process.stdout is not None
-        seen.append(process.stdout.readline().decode().strip())
+        seen += [process.stdout.readline().decode().strip() for _ in range(1 if number == 3 else 10)]
         assert place.is_dir(), "a scheduler may want to collect it at any time"
-        time.sleep(0.5)
-        process.send_signal(signal.SIGUSR1)
-        stdout, stderr = process.communicate(timeout=30)
+        if number < 3:
+            process.send_signal(signal.SIGUSR1)
+        stdout, stderr = process.communicate(timeout=60)
         seen += stdout.decode().split()
-        statuses.append(process.returncode)
-        if process.returncode != 85:
-            break
-    assert statuses[-1] == 0, stderr
-    assert statuses.count(85) >= 2
-    assert seen == [*numbers(120), "120"]
+        assert process.returncode == (85 if number < 3 else 0), stderr
+    assert whole(seen)
 
 
 def test_usage_and_the_time_limit_go_on(rig: Rig) -> None:
     burn = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done"
-    job = rig.run.background(f"sleep 3; {burn}; echo burnt; sleep 1000", "--time-limit", "10s")
-    rig.reaches(job, "burnt")
-    target = rig.freeze(job)
+    script = f"sleep 2; {burn}; echo burnt; sleep 1000"
+    target, record = rig.path("c"), rig.path("result")
+    words = ("--checkpoint-dir", target, "--json", "--result", record)
+    process = rig.run.foreground(script, "--name", "burner", *words)
+    expect(process, "burnt")
+    rig.freeze("burner")
+    assert process.wait(60) == 85
     before = json.loads((target / "manifest.json").read_text())["usage"]
     assert before["user_seconds"] > 0.1
     time.sleep(1)  # this does not count
-    assert rig.restore(target, "--json", "--result", rig.path("result")).status == 124
-    after = json.loads(rig.path("result").read_text())["usage"]
-    assert after["wall_seconds"] >= 10
-    assert after["wall_seconds"] - before["wall_seconds"] < 10, "the limit began anew"
+    began = time.monotonic()
+    limit = before["wall_seconds"] / 2
+    assert rig.run.sh(script, *words, "--time-limit", f"{limit:.3f}").status == 124
+    after = json.loads(record.read_text())["usage"]
+    assert after["wall_seconds"] > before["wall_seconds"], "the limit began anew"
+    assert after["wall_seconds"] < before["wall_seconds"] + time.monotonic() - began
     assert before["user_seconds"] <= after["user_seconds"] < before["user_seconds"] + 1
 
 
@@ -293,5 +348,5 @@ def test_the_name_and_the_record_of_a_continued_job(rig: Rig) -> None:
     record = json.loads(rig.run("inspect", again).stdout)
     assert (record["name"], record["hostname"], record["state"]) == ("named", "named", "running")
     assert rig.run("stop", "--timeout", "0", "named").status == 0
-    assert rig.run("rm", "named") == Done(0, "", "") or True
-    assert Path(target).is_dir()
+    assert rig.run("rm", "named") == Done(0, f"{again}\n", "")
+    assert target.is_dir()

@@ -14,6 +14,7 @@ from pathlib import Path
 import imgrun_criu
 import pytest
 from command import Done, eventually, expect, kill, refused
+from leaks import read
 
 from images import tool
 
@@ -135,31 +136,86 @@ def test_a_changed_byte_is_never_seen(rig: Rig, touch: Path, userns: tuple[str, 
 
 
 @ROOT
+def test_from_an_archive(rig: Rig, touch: Path) -> None:
+    """What was unpacked goes while the memory in it is still being fetched."""
+    process = rig.run.foreground(f"exec /touch/touch {OWN} {SHARED}", "--name", "touch", "--bind", f"{touch}:/touch:ro")
+    expect(process, "ready")
+    archive = rig.path("c.tar")
+    assert rig.run("checkpoint", "--archive", archive, "touch") == Done(0, "", "")
+    assert process.wait(60) == 85
+    at_once = rig.restore(archive, stdin=COMMANDS)
+    assert (at_once.status, at_once.stderr, "bad" in at_once.stdout) == (0, "", False), at_once
+    process, (_, fetcher) = eventually(lambda: caught(rig, archive))
+    eventually(lambda: not os.listdir(rig.run.state / "unpacked"))
+    assert kill(fetcher, signal.SIGCONT)
+    stdout, stderr = process.communicate(COMMANDS.encode(), timeout=60)
+    assert Done(process.returncode, stdout.decode(), stderr.decode()) == at_once
+
+
+@ROOT
 def test_a_job_that_ends_or_loses_its_memory(rig: Rig, touch: Path) -> None:
     target = frozen(rig, touch)
     job = rig.restore(target, "--lazy", "--detach").stdout.strip()
     assert rig.run("rm", "--force", job).status == 0
-    # What fetches memory is a child of the supervisor beside PID 1, with CRIU below it; stopped, it cannot be done already.
-    for victim in ("child", "CRIU"):
-        process = rig.run.popen("restore", "--lazy", target)
-        eventually(lambda: "running" in rig.run("ps").stdout)
-        fetchers = [(pid, word) for pid in kids(process.pid) for word in kids(pid) if b"lazy-pages" in words(word)]
-        if fetchers:
-            assert kill(fetchers[0][victim == "CRIU"], signal.SIGKILL)
-            _, errors = process.communicate(timeout=60)
-            assert process.returncode == 125, errors
-            assert b"served the job from outside ended" in errors
-        else:
-            process.communicate(timeout=60)  # it was quicker than we are
-            assert process.returncode == 0
+    for whose in (0, 1):
+        process, fetchers = eventually(lambda: caught(rig, target))
+        assert kill(fetchers[whose])
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 125, errors
+        assert b"served the job from outside ended" in errors
+
+
+@ROOT
+@USERNS
+def test_what_fetches_is_killed_while_the_job_is_brought_back(rig: Rig, touch: Path, userns: tuple[str, ...]) -> None:
+    """What is there already of the job may wait for memory, and holds the connection by which CRIU would say so."""
+    target = frozen(rig, touch, *userns)
+    process = rig.run.popen("restore", "--lazy", target)
+
+    def fetcher() -> int:
+        found = [pid for child in kids(process.pid) for pid in kids(child)]
+        return next((pid for pid in found if "lazy-pages" in read(Path(f"/proc/{pid}/cmdline")) and connected(pid)), 0)
+
+    assert kill(eventually(fetcher, "CRIU fetches"))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 125, errors
+    at_once = b"CRIU could not bring the job's processes back: it was killed" in errors
+    assert at_once or b"served the job from outside ended" in errors, errors
+
+
+def connected(pid: int) -> bool:
+    """Whether it has been asked for memory: it listens no more (proc_pid_net(5), unix)."""
+    rows = [line.split() for line in read(Path(f"/proc/{pid}/net/unix")).splitlines() if "lazy-pages" in line]
+    return any(row[3] == "00000000" for row in rows)
+
+
+def caught(rig: Rig, target: Path) -> tuple[subprocess.Popen[bytes], tuple[int, int]] | None:
+    """A lazily restored job that runs, and what fetches its memory, which is stopped: a child of the supervisor's, and CRIU
+    below that. None when all was there before we looked."""
+    process = rig.run.popen("restore", "--lazy", target)
+    eventually(lambda: any('"running"' in read(path) for path in (rig.run.state / "jobs").glob("*/state.json")))
+    for child in kids(process.pid):
+        for fetcher in kids(child):
+            if "lazy-pages" in read(Path(f"/proc/{fetcher}/cmdline")) and stopped(fetcher):
+                return process, (child, fetcher)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    return None
+
+
+def stopped(pid: int) -> bool:
+    """Stop a process; whether it was not ending already."""
+
+    def state() -> str:
+        return read(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
+
+    kill(pid, signal.SIGSTOP)
+    eventually(lambda: state() in "TZX")
+    return state() == "T"
 
 
 def kids(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def words(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return [int(word) for word in read(Path(f"/proc/{pid}/task/{pid}/children")).split()]
 
 
 @ROOT

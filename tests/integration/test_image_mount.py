@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -308,7 +309,8 @@ def test_the_hint_repairs_it(images: Images, kind: str, partition: bool, tmp_pat
         path = make_disk(tmp_path / "disk", [Part(ESP, size=MIB), Part(ROOT_X86_64, path)])
     with pytest.raises(ImageDamaged) as caught, image.open_image(str(path), "overlay") as held:
         os.close(held.mount())
-    command = (caught.value.hint or "").partition(": ")[2].partition("; if that fails")[0]
+    command, _, last = (caught.value.hint or "").partition(": ")[2].partition("; if that fails, ")
+    assert not last or shutil.which(last.split()[0], path=os.defpath + ":/usr/sbin:/sbin"), last
     point = tmp_path / "mnt"
     point.mkdir()
     done = subprocess.run(["sh", "-c", command.replace("/mnt", str(point))], capture_output=True, text=True, check=False)

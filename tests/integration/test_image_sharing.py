@@ -283,7 +283,7 @@ def test_a_killed_writer_lets_go_and_leaves_a_clean_image(images: Images, kind: 
     holder = Holder(path, "writable")
     holder.ready()
     holder.kill()
-    with image.open_image(str(path), "overlay") as held:
+    with image.open_image(str(path), "overlay", wait=60) as held:
         assert held.warnings == []
         os.close(held.mount())
 
@@ -320,7 +320,7 @@ def test_what_a_killed_writer_leaves_for_a_moment_is_waited_for(path: Path) -> N
         start = time.monotonic()
     finally:
         gone.start()
-    image.open_image(str(path), "writable").close()
+    image.open_image(str(path), "writable", wait=60).close()
     assert time.monotonic() - start >= 0.3
     gone.join()
 

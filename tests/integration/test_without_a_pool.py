@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from command import Imgrun
+from command import Imgrun, refused
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -39,6 +39,10 @@ def test_without_an_image(run: Imgrun, here: Path) -> None:
     assert done.status == 125, done
     assert "none.img" in done.stderr
     assert os.listdir(here) == []
+
+
+def test_where_nobody_may_write(run: Imgrun, here: Path) -> None:
+    refused(run.sh("true", "--htcondor", cwd="/sys"), 125, "the sandbox /sys cannot be written to")
 
 
 def test_another_job_beside_it(run: Imgrun, here: Path) -> None:

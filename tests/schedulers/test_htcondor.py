@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import eventually
+from command import eventually, kill
 from ordinary import Users
 
 from images import Images
@@ -257,9 +257,8 @@ def test_an_eviction_that_takes_too_long_costs_what_was_done_since_the_last_chec
     job = submit(pool, small, "--checkpoint-every 2s", job_max_vacate_time="1")
     until(lambda: checkpoints(job) >= 1, lambda: f"a checkpoint reaches the submit machine: {job.why()}")
     progress(job)
-    supervisors = eventually(lambda: supervisors_in(job))
-    for pid in supervisors:
-        os.kill(pid, signal.SIGSTOP)  # it does not get to its freeze, but is killed
+    # It does not get to its freeze, but is killed.
+    eventually(lambda: [pid for pid in supervisors_in(job) if kill(pid, signal.SIGSTOP)])
     moves_on(job, "condor_vacate_job")
     finish(job)
     assert "Job was evicted" in job.output("log")
@@ -268,7 +267,7 @@ def test_an_eviction_that_takes_too_long_costs_what_was_done_since_the_last_chec
 
 
 def supervisors_in(job: Job) -> list[int]:
-    """The job's imgrun, by its pid here."""
+    """The job's imgrun, and what it has forked for a moment, by their pids here."""
     sandbox = str(job.sandbox())
     found = []
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):

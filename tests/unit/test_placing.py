@@ -15,7 +15,6 @@ from imgrun.checkpoints.placing import adopt, publish, put_in_place
 from imgrun.errors import CheckpointError
 from imgrun.spec import JobSpec
 
-
 SPEC = JobSpec(image="/i", command=("c",))
 
 

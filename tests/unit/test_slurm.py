@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from imgrun.cli.submit import submit
-from imgrun.errors import SpecError
+from imgrun.errors import RestoreError, SpecError
 from imgrun.schedulers import slurm_control, slurm_submit
 from imgrun.schedulers.slurm import Site
 from imgrun.schedulers.submission import with_options
@@ -57,6 +57,31 @@ def test_checkpoints_are_below_the_submit_directory(tmp_path: Path, monkeypatch:
     other.mkdir()
     assert site(SUBMIT_DIR=str(other)).checkpoint == f"{other}/imgrun-checkpoints/12"
     assert site(SUBMIT_DIR="/not/here").checkpoint == f"{os.getcwd()}/imgrun-checkpoints/12"
+
+
+def test_where_it_cannot_be_frozen_its_checkpoint_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node without CRIU: it would begin anew, and do all again that it has done."""
+    monkeypatch.setenv("IMGRUN_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setattr("imgrun.checkpoints.refusals.criu_version", lambda: None)
+    here = site(SUBMIT_DIR=str(tmp_path))
+    started: list[JobSpec] = []
+
+    def foreground(spec: JobSpec, *_: object, **__: object) -> int:
+        started.append(spec)
+        return 0
+
+    def run() -> int:
+        asked = spec(checkpoint_dir=here.checkpoint, checkpoint_signal=signal.SIGUSR2)
+        return here.run(asked, foreground, {"remove": None})
+
+    assert run() == 0
+    assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "it is for the job now"
+    assert [one.checkpoint_signal for one in started] == [None], "without a checkpoint it begins"
+    os.makedirs(here.checkpoint)
+    Path(here.checkpoint, "manifest.json").write_text("{}")
+    with pytest.raises(RestoreError, match=here.checkpoint):
+        run()
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize("number", [None, "", "x", "1 2"])

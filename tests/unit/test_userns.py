@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_the_wanted_one_of_a_holder_that_ends_at_this_moment(tmp_path: Path, mon
     wanted = start_of(first)
 
     def after_its_end(fd: int, how: int) -> None:
-        first.close()
+        if os.readlink(f"/proc/self/fd/{fd}") == f"{tmp_path}/{wanted}":
+            first.close()
         lock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", after_its_end)
@@ -78,3 +80,25 @@ def test_what_a_killed_holder_leaves_is_dropped(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [str(start_of(held))]
     held.close()
     drop_unheld(str(tmp_path / "nowhere"))
+
+
+def test_the_wanted_one_while_it_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a job is restored whose supervisor was killed, and gc runs: they do not meet at the file."""
+    lost, unlink = hold_range(str(tmp_path)), os.unlink
+    wanted = start_of(lost)
+    os.close(lost._fd)
+    with ThreadPoolExecutor(1) as other:
+        taken: list[Future[HeldMap]] = []
+
+        def while_it_is_taken(path: str) -> None:
+            taken.append(other.submit(hold_range, str(tmp_path), wanted=wanted))
+            wait(taken, 0.2)
+            unlink(path)
+
+        monkeypatch.setattr(os, "unlink", while_it_is_taken)
+        drop_unheld(str(tmp_path))
+        monkeypatch.undo()
+        held = taken[0].result()
+    assert start_of(held) == wanted
+    assert os.listdir(tmp_path) == [str(wanted)]
+    held.close()

@@ -100,10 +100,10 @@ def test_a_killed_child_alone_does_not_make_the_verdict(root: Imgrun, room: Path
 def test_pids_and_processor_time_are_kept(root: Imgrun, room: Path) -> None:
     record = room / "result.json"
     script = "for i in 1 2 3 4 5 6 7 8 9; do sleep 30 & done; spin 200000000"
-    done = root("start", "--pids", "6", "--cpus", "0.2", "--time-limit", "4s", "--result", record,
+    done = root("start", "--pids", "6", "--cpus", "0.2", "--time-limit", "60s", "--result", record,
                 IMAGES / "small.squashfs", "--", "sh", "-c", script)  # fmt: skip
     result = json.loads(record.read_text())
-    assert done.status in (1, 2, 124), done
+    assert done.status in (1, 2), done  # the shell ends where a fork is refused
     usage = result["usage"]
     assert usage["pids_peak"] is None or usage["pids_peak"] <= 6
     assert "fork" in done.stderr, done

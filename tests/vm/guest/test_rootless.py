@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from guest.conftest import CGROUPS, IMAGES, Imgrun, eventually, job_cgroups
+from guest.conftest import IMAGES, Imgrun, eventually, job_cgroups
 
 
 def test_life_of_a_job(user: Imgrun) -> None:
@@ -61,8 +61,8 @@ def lose(imgrun: Imgrun) -> tuple[str, list[Path]]:
 def test_the_cgroups_of_a_lost_job_in_a_session(user: Imgrun) -> None:
     """They are in a scope of its own, which systemd removes."""
     _, paths = lose(user)
-    eventually(lambda: not any(path.exists() for path in paths), lambda: f"{paths} go")
-    assert not [path for path in CGROUPS.glob("**/imgrun-*.scope") if path.is_dir()]
+    assert all(path.parent.suffix == ".scope" for path in paths)
+    eventually(lambda: not list(job_cgroups()), lambda: f"{paths} and their scope go: {list(job_cgroups())}")
 
 
 def test_the_cgroups_of_a_lost_job_in_a_service(root: Imgrun, make: Callable[..., Imgrun]) -> None:
