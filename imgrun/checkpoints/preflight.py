@@ -14,6 +14,7 @@ from imgrun.init_shim import PROTOCOL
 from imgrun.spec import JobSpec, parse_bind
 from imgrun.storage.scratch import FILE
 
+AS_BEFORE = "start it as it was started, or with another --checkpoint-dir"
 Level = Literal["ok", "warning", "refused"]
 OVERRIDES = ("owner", "image-changed", "cpu", "kernel", "criu", "ids", "second-copy")
 """What ``--allow`` may name."""
@@ -81,22 +82,22 @@ def earlier_life(spec: JobSpec, warn: Callable[[str], None]) -> Checkpoint | Non
     collect(StateRoot())  # one whose maker was killed may wait for its name
     if not exists(spec.checkpoint_dir):
         return None
-    found = as_asked(load(spec.checkpoint_dir), spec)
+    saved = load(spec.checkpoint_dir)
+    if saved.spec.command != spec.command:
+        command = textwrap.shorten(" ".join(saved.spec.command), 100, placeholder=" ...")
+        raise RestoreError(f"{saved.path} holds a job with another command: {command}", AS_BEFORE)
+    found = as_asked(saved, spec)
     for warning in require(found):
         warn(warning)
     return found
 
 
 def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
-    """The checkpoint as ``start`` is asked to run it: with its own limits, but the same command in the same surroundings.
+    """The checkpoint as ``start`` is asked to run it: with its own limits, but in the same surroundings.
 
     Raises RestoreError where these differ from those that the job was frozen in.
     """
     saved = checkpoint.spec
-    hint = "start it as it was started, or with another --checkpoint-dir"
-    if saved.command != spec.command:
-        command = textwrap.shorten(" ".join(saved.command), 100, placeholder=" ...")
-        raise RestoreError(f"{checkpoint.path} holds a job with another command: {command}", hint)
     pairs: list[tuple[str, object, object]] = [
         (key, getattr(saved, key), getattr(spec, key))
         for key in ("root", "userns", "init", "seccomp", "scratch_size", "network")
@@ -104,7 +105,7 @@ def as_asked(checkpoint: Checkpoint, spec: JobSpec) -> Checkpoint:
     pairs.append(("mounts", sorted((m.dst, m.type) for m in saved.mounts), sorted((m.dst, m.type) for m in spec.mounts)))
     for key, was, asked in pairs:
         if was != asked:
-            raise RestoreError(f"{checkpoint.path} holds a job with {key} {was!r}, and {asked!r} is asked for", hint)
+            raise RestoreError(f"{checkpoint.path} holds a job with {key} {was!r}, and {asked!r} is asked for", AS_BEFORE)
     return checkpoint._replace(spec=spec)
 
 
