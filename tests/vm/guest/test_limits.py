@@ -78,6 +78,26 @@ def test_a_memory_kill_of_a_users_job_is_told(user: Imgrun, room: Path) -> None:
     killed_for_memory(user, room / "u/result.json")
 
 
+def test_a_job_that_gets_its_first_memory_limit_while_it_runs(make: Make) -> None:
+    """Its cgroup has no memory controller before, and is killed as a whole and told why all the same."""
+    outer = CGROUPS / "outer"
+    slot = outer / "slot"
+    slot.mkdir(parents=True)
+    imgrun = make("sh", "-c", f'echo $$ >{slot}/cgroup.procs; exec "$0" "$@"')
+    script = "until test -e /tmp/go; do sleep 1; done; sleep 1000 & hold 200 /never"
+    job = imgrun.good("start", "-d", "--tmpfs", "/tmp", IMAGES / "small.squashfs", "--", "sh", "-c", script).strip()
+    (outer / "cgroup.subtree_control").write_text("+memory")
+    imgrun.way = ()
+    imgrun.good("update", "--memory", "64M", "--swap", "0", job)
+    imgrun.good("exec", job, "touch", "/tmp/go")
+    assert imgrun("wait", job).status == 137
+    record = imgrun.record(job)
+    assert record["reason"] == "memory-limit", record
+    assert "the job ran into its memory limit of 64 MiB" in record["message"], record
+    slot.rmdir()
+    outer.rmdir()
+
+
 def test_who_asks_for_more_than_the_host_has_is_told_so(root: Imgrun, room: Path) -> None:
     """Without a limit. The kernel chooses the job, and nothing else of the host's ends."""
     record = room / "result.json"
