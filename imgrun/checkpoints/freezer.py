@@ -57,9 +57,9 @@ class Freezer:
 
     def begin(self, target: str, how: How, asker: Channel | None) -> None:
         """Begin a checkpoint. When ``under_way`` is readable, ``hear`` is to be called."""
-        from imgrun.checkpoints.freezing import Freezing
-
         try:
+            from imgrun.checkpoints.freezing import Freezing
+
             if self.under_way is not None:
                 raise CheckpointError(f"job {self._job.id} is being checkpointed already", "wait for that to end")
             freezing = Freezing(self._owner.subject(), target, how, asker)
@@ -70,8 +70,9 @@ class Freezer:
             except (ImgrunError, OSError):
                 self._owner.take_room_back()
                 raise
-        except (ImgrunError, OSError) as e:
-            error = e if isinstance(e, ImgrunError) else HostError(f"it cannot be begun: {e.strerror}", "try again")
+        except (ImgrunError, OSError, ImportError) as e:  # a module that cannot be opened is not found, either
+            why = getattr(e, "strerror", None) or e
+            error = e if isinstance(e, ImgrunError) else HostError(f"it cannot be begun: {why}", "try again")
             if asker is None:
                 self._owner.tell(f"no checkpoint: {error.message}")
                 return

@@ -101,7 +101,7 @@ class Freezing:
         try:
             if not self.how.archive:
                 if alone:
-                    with contextlib.suppress(FileNotFoundError):  # it has its name
+                    with contextlib.suppress(OSError):  # it has its name, or is not adopted then
                         publish(place)
                 good = adopt(place, self.target, scratch, self.identifier)
         except (ImgrunError, OSError) as e:
@@ -112,6 +112,8 @@ class Freezing:
                     remove_tree(path)
         if not good:
             self.alone = self.alone if alone else None
+            if alone and place not in failure["message"]:
+                failure = failure | {"message": f"{failure['message']}; the job has ended, and what was saved is {place}"}
             return failure
         warnings = [f"{failure['message']}; it is good, but {LACKING}"]
         return {"ok": True, "timings": [], "warnings": warnings, "statistics": self.alone or {}}

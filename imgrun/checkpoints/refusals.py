@@ -77,6 +77,9 @@ def not_written(target: str, error: OSError) -> CheckpointError:
             )
         if number == errno.EBADF:
             return CheckpointError("standard output is not open for writing", "give --archive FILE, or a pipe")
+    if number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN):
+        hint = "see what the limits of the user and of imgrun's cgroup leave, and try again"
+        return CheckpointError(f"the checkpoint could not be made: {error.strerror}", hint)
     why, hint = error.strerror or str(error), "look at its disk, or save elsewhere"
     if number in (errno.EACCES, errno.EPERM):
         why, hint = f"you may not write to {place}", "give a path in a directory of yours"

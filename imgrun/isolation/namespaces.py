@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -66,7 +67,7 @@ def userns_descriptor(ids: IdMap) -> int:
 def open_all(pid: int) -> dict[str, int]:
     """Descriptors of those namespaces of ``pid`` that differ from the caller's, in the order to enter them.
 
-    Raises JobStateError when the process is gone.
+    Raises JobStateError when the process is gone, and OSError where we can open no more.
     """
     found: dict[str, int] = {}
     try:
@@ -78,6 +79,8 @@ def open_all(pid: int) -> dict[str, int]:
     except OSError as e:
         for fd in found.values():
             os.close(fd)
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         raise JobStateError("the job ended meanwhile", "see 'imgrun inspect' for how") from e
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,74 @@ def test_a_name_that_something_else_has_got_meanwhile(rig: Rig, how: str) -> Non
     restored = rig.run("restore", "--detach", building)
     assert restored.status == 0, restored
     goes_on(rig, restored.stdout.strip())
+
+
+def test_a_name_that_cannot_be_had_by_the_next_command_either(rig: Rig) -> None:
+    """The supervisor was killed: what was made is kept, and the record says where."""
+    job = rig.run.background(TICK)
+    rig.reaches(job, "2")
+    target = rig.freeze(job, "c", "--leave-running")
+    building = Path(f"{target}.{job}.new")
+    with not_ending(rig, job):
+        asking = rig.run.popen("checkpoint", "--to", target, job)
+        eventually(lambda: manifest.exists(str(building)), "the job is in the checkpoint alone")
+        (target / "precious").write_text("mine")
+        assert kill(json.loads(rig.run("inspect", job).stdout)["supervisor"])
+    assert asking.wait(60) == 125
+    eventually(lambda: "lost" in rig.run("ps", "--all").stdout)
+    hint = eventually(lambda: json.loads(rig.run("inspect", job).stdout)["result"])["hint"]
+    assert "holds something that is no checkpoint" in hint
+    assert f"the checkpoint is complete, and is {building}" in hint
+    assert not (rig.run.state / "jobs" / job / "scratch").exists()
+    restored = rig.run("restore", "--detach", building)
+    assert restored.status == 0, restored
+    goes_on(rig, restored.stdout.strip())
+
+
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_a_manifest_that_cannot_get_its_name_when_the_job_has_ended(rig: Rig) -> None:
+    """Nothing can be renamed in what was made: it stays, and it is said where."""
+    job = rig.run.background(TICK)
+    rig.reaches(job, "2")
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    asking = rig.run.popen("checkpoint", "--to", rig.path("c"), job)
+    freezer = eventually(lambda: children(supervisor, "freezing"))[0]
+    building = rig.path(f"c.{job}.new")
+    eventually(lambda: (building / "work").exists())
+    assert kill(freezer, signal.SIGSTOP)
+    subprocess.run(["chattr", "+a", building], check=True)
+    assert kill(freezer, signal.SIGCONT)
+    try:
+        said = asking.communicate(timeout=60)[1].decode()
+        assert asking.returncode == 125
+        assert f"the job has ended, and what was saved is {building}" in said
+        assert "bug" not in said
+        assert (building / "manifest.json.new").exists()
+    finally:
+        subprocess.run(["chattr", "-a", building], check=True)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("rig", ["root"], indirect=True)
+def test_where_the_supervisor_can_open_no_more(rig: Rig, begun: bool) -> None:
+    """Nor read a module: the job runs on, the cause is said, and it can be saved when there is room again."""
+    job = rig.run.background(TICK, "--checkpoint-dir", rig.path("d"), "--checkpoint-signal", "USR1")
+    rig.reaches(job, "2")
+    supervisor = json.loads(rig.run("inspect", job).stdout)["supervisor"]
+    opened = {int(name) for name in os.listdir(f"/proc/{supervisor}/fd")}
+    free = [number for number in range(1024) if number not in opened]
+    before = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+    # No less than it polls.
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (free[4] if begun else 12, before[1]))
+    kill(supervisor, signal.SIGUSR1)
+    log = rig.run.state / "jobs" / job / "stderr"
+    eventually(lambda: "Too many open files" in log.read_text(), "it is said")
+    assert log.read_text().startswith("imgrun: warning: " + ("checkpoint failed" if begun else "no checkpoint")), (
+        log.read_text()
+    )
+    goes_on(rig, job)
+    resource.prlimit(supervisor, resource.RLIMIT_NOFILE, before)
+    rig.freeze(job)
 
 
 def test_killed_at_the_very_end_of_an_archive(rig: Rig) -> None:

@@ -243,6 +243,8 @@ def test_a_directory_with_another_job_is_not_continued_by_mistake(rig: Rig) -> N
     refused(other, 125, "holds a job with another command: sh -c echo ready; read go")
     other = rig.run.sh("echo ready; read go; echo $go", "--read-only", *flags)
     refused(other, 125, "holds a job with root 'overlay', and 'read-only' is asked for")
+    other = rig.run.sh("echo ready; read go; echo $go", "--seccomp", "default", "--checkpoint-dir", rig.path("c"))
+    refused(other, 125, "holds a job with seccomp 'off', and 'default' is asked for")
     assert (rig.path("c") / "manifest.json").read_bytes() == before
 
 
